@@ -1,0 +1,150 @@
+"""The command line: thin. Parse, load config, call one function, map errors to exit codes.
+
+Exit codes: 0 fine; 1 an error of this package, one line on stderr; 2 wrong usage; `serve` exits with the
+server's status.
+"""
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from onlinespec.config import dump_config, load_config
+from onlinespec.errors import OnlinespecError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Train the EAGLE-3 draft of a live SGLang server.")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure a running server.")
+app.add_typer(bench_app, name="bench")
+
+RunDir = Annotated[Path, typer.Option("--run-dir", help="Run directory of the server.")]
+ConfigFiles = Annotated[list[Path] | None, typer.Option("--config", help="YAML file; may be given several times.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.field=value; may be given several times.")]
+DEFAULT_RUN_DIR = Path("runs/default")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Target: a model directory, or a Hugging Face id.")],
+    draft: Annotated[str, typer.Option(help="Directory of an EAGLE-3 draft, or `init` for an untrained one.")],
+    run_dir: RunDir = DEFAULT_RUN_DIR,
+    config: ConfigFiles = None,
+    override: Overrides = None,
+) -> None:
+    """Serve MODEL with SGLang and keep training its draft. Every other flag goes to SGLang as it is."""
+    settings = load_config(config or [], override or [])
+
+    from onlinespec.serve import Supervisor, plan
+
+    resolved = plan(model, draft, run_dir, settings, context.args)
+    raise typer.Exit(Supervisor(resolved, say=_say).run())
+
+
+@app.command()
+def status(run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
+    """Show the draft in service, the tap's counters, the trainer and the race under way."""
+    from onlinespec.operate import status_lines
+
+    for line in status_lines(run_dir):
+        typer.echo(line)
+
+
+@app.command()
+def history(run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
+    """Show every publish, verdict, promotion and rollback of a run directory, oldest first."""
+    from onlinespec.operate import history_lines
+
+    for line in history_lines(run_dir):
+        typer.echo(line)
+
+
+@app.command()
+def rollback(
+    to: Annotated[int | None, typer.Option(help="Version to serve; the one before the incumbent if left out.")] = None,
+    run_dir: RunDir = DEFAULT_RUN_DIR,
+) -> None:
+    """Put an earlier draft back in service. Works with the sidecar dead."""
+    from onlinespec.operate import roll_back
+
+    typer.echo(roll_back(run_dir, to))
+
+
+@app.command()
+def config(files: ConfigFiles = None, override: Overrides = None) -> None:
+    """Print every config value as it resolves."""
+    typer.echo(dump_config(load_config(files or [], override or [])), nl=False)
+
+
+@app.command()
+def demo(
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", help="Where to work; a new one under runs/ if left out.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Answer tokens per phase.", min=1000)] = 30_000,
+) -> None:
+    """Serve the demo world, shift its traffic half-way, and show what the draft learns."""
+    from onlinespec.demo.run import run_demo
+
+    raise typer.Exit(run_demo(run_dir, tokens))
+
+
+@bench_app.command()
+def accept(
+    base_url: Annotated[str, typer.Option(help="Address of the server, without /v1.")] = "http://127.0.0.1:30000",
+    suite: Annotated[str, typer.Option(help="`demo`, `demo:DOMAIN`, or a JSONL file of prompts.")] = "demo",
+    requests: Annotated[int, typer.Option(help="Prompts to send.", min=1)] = 100,
+    concurrency: Annotated[int, typer.Option(help="Users at a time.", min=1)] = 4,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    seed: Annotated[int, typer.Option(help="Of the demo's prompts.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Where to write the result as JSON.")] = None,
+) -> None:
+    """Accept length, acceptance by position, tokens/s, TTFT and inter-token latency."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from onlinespec.bench.accept import drive, report, summaries_of, write_report
+    from onlinespec.bench.client import Answer, Sampling
+    from onlinespec.bench.suites import load_suite
+    from onlinespec.bench.summary import table
+
+    console = Console()
+    prompts = load_suite(suite, requests, seed)
+    bar = iter(track(range(len(prompts)), "requests", console=Console(stderr=True)))
+    next(bar, None)
+
+    def advance(_answer: Answer) -> None:
+        next(bar, None)
+
+    sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
+    answers = asyncio.run(drive(base_url, prompts, sampling, concurrency, advance))
+    rows = summaries_of(answers)
+    console.print(table(rows, f"{suite} on {base_url}, {concurrency} users"))
+    if any(answer.error for answer in answers):
+        console.print("first error: " + next(answer.error for answer in answers if answer.error))
+    if not any(answer.has_counters for answer in answers):
+        console.print("the server sent no speculative counters; is speculation on, and is it SGLang >= 0.5.23?")
+    if out is not None:
+        settings = {"suite": suite, "concurrency": concurrency, "temperature": temperature, "seed": seed}
+        write_report(out, report(rows, {**settings, "base_url": base_url, "max_tokens": max_tokens}))
+        console.print(f"written to {out}")
+
+
+def _say(line: str) -> None:
+    typer.echo(line)
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Entry point of the `onlinespec` script."""
+    try:
+        app()
+    except OnlinespecError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

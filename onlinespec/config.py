@@ -1,0 +1,267 @@
+"""The whole config schema: frozen structs, bounds in the types, one line per field.
+
+Defaults live here and nowhere else; `configs/default.yaml` is generated from them. Files merge left to
+right, then `section.field=value` overrides. Unknown keys, duplicate keys and values out of range are
+errors that name the path, what was found and what was wanted.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import yaml
+
+from onlinespec.errors import ConfigError
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+NonNegative = Annotated[int, msgspec.Meta(ge=0)]
+Fraction = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+OpenFraction = Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)]
+PositiveFloat = Annotated[float, msgspec.Meta(gt=0.0)]
+NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0.0)]
+
+
+class Section(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A part of the config; unknown fields are errors."""
+
+
+class CaptureConfig(Section, frozen=True):
+    """What the tap takes out of the server, and what it may cost."""
+
+    enabled: bool = True
+    """take rows at all; a request can also refuse with extra_body custom_params {"onlinespec": {"capture": false}}"""
+    teacher_top_k: Annotated[int, msgspec.Meta(ge=1, le=256)] = 16
+    """target logits kept per row, beside their logsumexp"""
+    queue_bytes: Positive = 64 * 2**20
+    """bytes of rows that may wait in the server for the sidecar; beyond it rows are dropped and counted"""
+    fuse_faults: Positive = 5
+    """faults of ours inside the server after which capture switches itself off"""
+    fuse_retry_s: PositiveFloat = 60.0
+    """seconds after which an open fuse tries again"""
+
+
+class BufferConfig(Section, frozen=True):
+    """What the trainer remembers. RAM only; nothing readable is written to disk."""
+
+    recent_samples: Positive = 64
+    """newest training requests kept, first in first out"""
+    reservoir_samples: NonNegative = 512
+    """older requests kept as a uniform sample of all that left the recent window"""
+    replay_frac: Fraction = 0.5
+    """share of a batch drawn from the reservoir once it holds anything"""
+    prefix_cache_bytes: NonNegative = 64 * 2**20
+    """bytes of prompt rows kept to complete requests whose prefix the server had cached"""
+    max_sequence_tokens: Positive = 2048
+    """longest sample trained on; a longer one keeps its last tokens"""
+    ttl_s: PositiveFloat = 3600.0
+    """seconds after which a captured request is forgotten"""
+
+
+class TrainerConfig(Section, frozen=True):
+    """The optimizer and the unroll."""
+
+    enabled: bool = True
+    """train at all; off, the sidecar captures and reports only"""
+    unroll_steps: Annotated[int, msgspec.Meta(ge=1, le=8)] = 4
+    """draft steps unrolled in training"""
+    loss_decay: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 0.8
+    """weight of unroll step k is loss_decay ** k"""
+    batch_requests: Positive = 2
+    """new requests per optimizer step; replayed ones come on top"""
+    accumulation: Positive = 1
+    """batches per optimizer step"""
+    muon_lr: PositiveFloat = 0.03
+    """peak learning rate of the matrices (Muon)"""
+    adamw_lr: PositiveFloat = 2e-3
+    """peak learning rate of norms, embeddings and lm_head (AdamW)"""
+    warmup_steps: NonNegative = 5
+    """optimizer steps of linear warm-up"""
+    clip_norm: PositiveFloat = 1.0
+    """largest global gradient norm"""
+    passes: Positive = 2
+    """optimizer steps that may be taken per batch_requests new requests"""
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
+    """seed of fresh weights and of the sampling of batches"""
+    num_threads: Positive = 1
+    """CPU threads of the trainer"""
+    checkpoint_s: PositiveFloat = 30.0
+    """seconds between checkpoints of the trainer's state"""
+
+
+class GateConfig(Section, frozen=True):
+    """When a candidate becomes the incumbent."""
+
+    holdout_frac: OpenFraction = 0.3
+    """share of conversations kept from training, to judge candidates on"""
+    alpha: OpenFraction = 0.05
+    """false discovery rate: expected share of a run directory's promotions that were no improvement"""
+    min_gain_tokens: NonNegativeFloat = 0.02
+    """mean gain in accept length a candidate must be shown to exceed"""
+    candidate_steps: Positive = 40
+    """optimizer steps between two candidates; one is judged at a time"""
+    min_requests: Positive = 8
+    """held-out requests a promotion needs at least"""
+    max_requests: Positive = 400
+    """held-out requests after which an undecided candidate is dropped for a newer one"""
+    futility_requests: Positive = 24
+    """held-out requests after which a candidate whose mean gain is not above min_gain_tokens is dropped"""
+    stall_requests: Positive = 16
+    """held-out requests without growth of the evidence after which a candidate gives way to a newer one"""
+    max_missing_frac: Fraction = 0.5
+    """share of prompt rows a judged request may lack (a prefix cached before the sidecar started)"""
+    max_race_s: PositiveFloat = 3600.0
+    """seconds after which an undecided race is given up for a newer candidate"""
+
+    def __post_init__(self) -> None:
+        if self.max_requests < self.min_requests:
+            raise ValueError(f"max_requests is {self.max_requests}, wanted at least min_requests, {self.min_requests}")
+
+
+class VersionsConfig(Section, frozen=True):
+    """How many drafts are kept on disk."""
+
+    keep_last: Positive = 8
+    """newest versions kept; the incumbent and its parent are always kept"""
+
+
+class SupervisorConfig(Section, frozen=True):
+    """How `serve` looks after its two processes."""
+
+    sidecar: bool = True
+    """start the trainer beside the server; off, `python -m onlinespec.sidecar RUN_DIR` is yours to start"""
+
+    ready_timeout_s: PositiveFloat = 600.0
+    """seconds the server may take to become ready"""
+    stop_timeout_s: PositiveFloat = 30.0
+    """seconds a process may take to stop before it is killed"""
+    restart_backoff_s: PositiveFloat = 1.0
+    """first pause before a dead sidecar is started again; doubles to restart_backoff_max_s"""
+    restart_backoff_max_s: PositiveFloat = 30.0
+    """longest such pause"""
+
+
+class Config(Section, frozen=True):
+    """The root."""
+
+    capture: CaptureConfig = CaptureConfig()
+    buffer: BufferConfig = BufferConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    gate: GateConfig = GateConfig()
+    versions: VersionsConfig = VersionsConfig()
+    supervisor: SupervisorConfig = SupervisorConfig()
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys and reads 1e-4 as a number."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        where = f"{loader.name}:{key_node.start_mark.line + 1}"
+        if not isinstance(key, str):
+            raise ConfigError(f"{where}: key {key!r} is no name; `onlinespec config` prints every field")
+        if key in seen:
+            raise ConfigError(f"{where}: key {key!r} appears twice; keep one")
+        seen[key] = loader.construct_object(value_node, deep=True)
+    return seen
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf)$|^\.(nan|NaN)$"),
+    list("-+0123456789."),
+)
+
+
+def _parse_yaml(text: str, name: str) -> Any:
+    loader = _Loader(text)
+    loader.name = name
+    try:
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not valid YAML ({' '.join(str(error).split())}); fix it") from error
+    finally:
+        loader.dispose()
+
+
+def _merge(into: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
+    for key, value in update.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+    return into
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """Turn `section.field=value` into a nested dict.
+
+    Raises: ConfigError where there is no `=`.
+    """
+    path, separator, value = text.partition("=")
+    if not separator or not path:
+        raise ConfigError(f"override {text!r}: wanted section.field=value")
+    nested: Any = _parse_yaml(value, text)
+    for part in reversed(path.split(".")):
+        nested = {part: nested}
+    return nested
+
+
+def load_config(files: Sequence[Path | str] = (), overrides: Sequence[str] = ()) -> Config:
+    """Merge YAML files left to right, then the overrides, and check every value.
+
+    Raises: ConfigError naming the file or override, the path, what was found and what was wanted.
+    """
+    merged: dict[str, Any] = {}
+    for file in files:
+        path = Path(file)
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such config file; give the path of a YAML file")
+        found = _parse_yaml(_text_of(path), str(path))
+        merged = _checked(merged, {} if found is None else found, str(path))
+    for override in overrides:
+        merged = _checked(merged, parse_override(override), f"override {override!r}")
+    return msgspec.convert(merged, Config)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as text ({error}); give the path of a YAML file") from error
+
+
+def _checked(merged: dict[str, Any], update: Any, source: str) -> dict[str, Any]:
+    """Merge and convert at once, so that an error names the source that brought it."""
+    if not isinstance(update, dict):
+        raise ConfigError(f"{source}: found {type(update).__name__}, wanted a mapping of sections")
+    merged = _merge(merged, update)
+    try:
+        msgspec.convert(merged, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{source}: {_told(error, merged)}; `onlinespec config` prints every field") from error
+    return merged
+
+
+def _told(error: msgspec.ValidationError, merged: dict[str, Any]) -> str:
+    """Say `gate.alpha is 2, expected float < 1.0`: msgspec names the path and the bound, not the value."""
+    what, _, path = str(error).replace("`", "").partition(" - at $.")
+    unknown = what.removeprefix("Object contains unknown field ")
+    if unknown != what:
+        return f"unknown key {path}{'.' if path else ''}{unknown}"
+    if not what.startswith("Expected "):
+        return f"{path}.{what}"
+    value: Any = merged
+    for part in path.split("."):
+        value = value[part]
+    return f"{path} is {value!r}, {what[0].lower()}{what[1:]}"
+
+
+def dump_config(config: Config) -> str:
+    """YAML of every resolved value, loadable by `load_config`."""
+    return yaml.safe_dump(msgspec.to_builtins(config), sort_keys=False)

@@ -1,0 +1,1 @@
+"""The demo: what `onlinespec demo` plays, measures and shows."""

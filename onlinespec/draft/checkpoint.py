@@ -1,0 +1,62 @@
+"""Draft checkpoints on disk: config.json beside model.safetensors, the form SGLang loads.
+
+What is read is checked first by its header (see `header`), then by its values.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from onlinespec.draft.config import CONFIG_FILE, DraftConfig, read_draft_config
+from onlinespec.draft.header import WEIGHTS_FILE, canonical_names, check_names, read_header
+from onlinespec.errors import CheckpointError
+
+
+def read_draft(path: Path | str) -> tuple[DraftConfig, dict[str, torch.Tensor]]:
+    """A draft directory's config and tensors, on the CPU, in the dtype of the file.
+
+    Raises: CheckpointError where anything is missing, unknown, of another shape or dtype, or not finite.
+    """
+    folder = Path(path)
+    config = read_draft_config(folder)
+    file = folder / WEIGHTS_FILE
+    check_names(file, read_header(file), config)
+    weights = {name: tensor for name, tensor in load_file(file).items() if name in canonical_names(config)}
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{file}: {name} holds {int((~torch.isfinite(tensor)).sum())} values that are not finite, wanted "
+                f"none; go back to an earlier version"
+            )
+    if config.is_pruned:
+        _check_map(file, config, weights["d2t"])
+    return config, weights
+
+
+def _check_map(file: Path, config: DraftConfig, d2t_W: torch.Tensor) -> None:
+    ids_W = d2t_W + torch.arange(config.draft_vocab_size)
+    if int(ids_W.min()) < 0 or int(ids_W.max()) >= config.vocab_size or ids_W.unique().numel() != ids_W.numel():
+        raise CheckpointError(
+            f"{file}: d2t maps to ids {int(ids_W.min())} to {int(ids_W.max())}, wanted {ids_W.numel()} distinct ones "
+            f"below {config.vocab_size}; d2t holds offsets (target id - draft id), not ids"
+        )
+
+
+def write_draft(path: Path | str, config: DraftConfig, weights: dict[str, torch.Tensor]) -> None:
+    """Write config.json and model.safetensors into a directory, made where it is missing. No fsync.
+
+    Raises: CheckpointError where the names or shapes are not those of the config.
+    """
+    wanted = canonical_names(config)
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if found != wanted and {**found, "t2d": wanted.get("t2d")} != wanted:
+        name = sorted(set(found.items()) ^ set(wanted.items()))[0][0]
+        raise CheckpointError(
+            f"{path}: {name} has shape {found.get(name)}, wanted {wanted.get(name)}; nothing was written"
+        )
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
+    (folder / CONFIG_FILE).write_text(json.dumps(config.to_json(), indent=2) + "\n")

@@ -1,0 +1,219 @@
+"""From a frozen candidate to a swap: the gate's one customer.
+
+One candidate at a time. Its weights are frozen as the bytes that would be published, so the digest that is
+judged is the digest that is served. A promotion is decided, swapped and written down under the journal's
+lock: a rollback by an operator cannot come between.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors.torch import save
+
+from onlinespec.config import Config
+from onlinespec.draft.checkpoint import read_draft, write_draft
+from onlinespec.draft.config import DraftConfig
+from onlinespec.draft.header import digest_of_bytes
+from onlinespec.draft.model import Draft
+from onlinespec.draft.sample import Sample
+from onlinespec.draft.walk import accept_walk, matches_each
+from onlinespec.gate.budget import candidate_alpha
+from onlinespec.gate.race import Race
+from onlinespec.gate.verdict import Verdict, barred_reason
+from onlinespec.launch import Launch
+from onlinespec.paths import RunPaths
+from onlinespec.versions.journal import (
+    Journal,
+    JournalState,
+    Judged,
+    Promoted,
+    Published,
+    RaceStarted,
+    SwapFailed,
+    state_of,
+)
+from onlinespec.versions.manifest import Provenance
+from onlinespec.versions.store import VersionStore
+from onlinespec.wire.messages import Swap
+from onlinespec.wire.sockets import ControlClient
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Frozen weights and what shaped them."""
+
+    digest: str
+    weights: dict[str, torch.Tensor]
+    draft: Draft
+    provenance: Provenance
+
+
+class Promoter:
+    """Holds the incumbent's shadow and the race under way. Shapes: embed_VD the target's embedding table."""
+
+    def __init__(
+        self,
+        paths: RunPaths,
+        config: Config,
+        launch: Launch,
+        control: ControlClient,
+        embed_VD: torch.Tensor,
+        was_trained_on: Callable[[tuple[int, ...]], bool],
+        served_version: int,
+    ):
+        self.race: Race | None = None
+        self.has_moved = False
+        """another hand put a version in service since this was last set to False"""
+        self.num_incomplete = 0
+        """held-out requests that were not walked for want of rows"""
+        self.last_verdict: Verdict | None = None
+        self._paths = paths
+        self._config = config
+        self._launch = launch
+        self._control = control
+        self._embed_VD = embed_VD
+        self._was_trained_on = was_trained_on
+        self._journal = Journal(paths)
+        self._store = VersionStore(paths)
+        self._candidate: Candidate | None = None
+        self._journal_bytes = -1
+        self.state = JournalState()
+        self.version = 0
+        self.draft_config: DraftConfig
+        self._incumbent: Draft
+        self._reconcile(served_version)
+        self.sync()
+        self.has_moved = False
+
+    def _reconcile(self, served_version: int) -> None:
+        """A crash between the server's ack and the journal's line: the server is right."""
+        with self._journal.decision():
+            state = state_of(self._journal.read())
+            if state.incumbent not in (None, served_version):
+                self._journal.append(
+                    Promoted(time_s=time.time(), version=served_version, from_version=state.incumbent, by="gate")
+                )
+
+    def sync(self) -> None:
+        """Follow the journal: where another hand changed the version in service, its weights are the shadow now."""
+        size = self._paths.journal.stat().st_size
+        if size == self._journal_bytes:
+            return
+        self._journal_bytes = size
+        self.state = state_of(self._journal.read())
+        assert self.state.incumbent is not None, "serve writes the version it started with before the sidecar starts"
+        if self.state.incumbent == self.version:
+            return
+        self.version = self.state.incumbent
+        self.draft_config, weights = read_draft(self._paths.version(self.version))
+        self._incumbent = Draft(self.draft_config, weights)
+        self.race = self._candidate = None
+        self.has_moved = True
+
+    def incumbent_weights(self) -> dict[str, torch.Tensor]:
+        return self._incumbent.weights()
+
+    def freeze(self, weights: dict[str, torch.Tensor], provenance: Provenance) -> None:
+        """Start a race for these weights; barred ones are passed over."""
+        self.sync()
+        digest = digest_of_bytes(save(weights))
+        incumbent_digest = self.state.digests[self.version]
+        if barred_reason(digest, self.state.barred) or digest == incumbent_digest:
+            return
+        gate = self._config.gate
+        alpha = candidate_alpha(gate.alpha, self.state.num_candidates, self.state.num_promotions)
+        self._journal.append(RaceStarted(time_s=time.time(), candidate_digest=digest, alpha=alpha))
+        self._candidate = Candidate(digest, weights, Draft(self.draft_config, weights), provenance)
+        self.race = Race(
+            digest,
+            incumbent_digest,
+            self._launch.num_draft_steps,
+            alpha,
+            gate,
+            frozen_at_s=time.time(),
+            was_trained_on=self._was_trained_on,
+        )
+
+    def observe(self, sample: Sample) -> Verdict | None:
+        """Walk a held-out request with both drafts; the verdict where it decides the race."""
+        self.sync()
+        if self.race is None or self._candidate is None:
+            return None
+        if sample.missing_prompt_frac > self._config.gate.max_missing_frac:
+            self.num_incomplete += 1
+            return None
+        if not self.race.admits(sample.started_s, sample.group, sample.answer_key):
+            return None
+        num_steps = self._launch.num_draft_steps
+        walks = [
+            accept_walk(matches, sample.num_prompt_tokens, sample.num_tokens - 1, num_steps)
+            for matches in matches_each([self._incumbent, self._candidate.draft], sample, self._embed_VD, num_steps)
+        ]
+        incumbent, candidate = ((sum(walk.num_committed), len(walk)) for walk in walks)
+        verdict = self.race.observe(
+            sample.request, *incumbent, *candidate, sample.group, now_s=time.time(), is_complete=sample.is_complete
+        )
+        if verdict is not None:
+            self._conclude(verdict)
+        return verdict
+
+    def expire(self, now_s: float) -> None:
+        """Give up a race that has found too little traffic."""
+        limit_s = self._config.gate.max_race_s
+        if self.race is not None and now_s - self.race.frozen_at_s > limit_s:
+            self._conclude(self.race.withdraw(f"undecided after {limit_s:.0f} s", now_s=now_s))
+
+    def give_way(self, now_s: float) -> None:
+        """Drop a candidate whose evidence has stopped growing: a newer one waits."""
+        if self.race is not None and self.race.is_stalled:
+            said = f"no growth of the evidence over the last {self._config.gate.stall_requests} held-out requests"
+            self._conclude(self.race.withdraw(f"{said}; a newer candidate takes its place", now_s=now_s))
+
+    def _conclude(self, verdict: Verdict) -> None:
+        candidate, self._candidate, self.race = self._candidate, None, None
+        assert candidate is not None
+        self.last_verdict = verdict
+        evidence = msgspec.to_builtins(verdict)
+        self._journal.append(Judged(time_s=time.time(), candidate_digest=candidate.digest, verdict=evidence))
+        if verdict.decision == "promote":
+            with self._journal.decision():
+                self._promote(candidate, evidence)
+
+    def _promote(self, candidate: Candidate, evidence: dict) -> None:
+        state = state_of(self._journal.read())
+        if state.incumbent != self.version or barred_reason(candidate.digest, state.barred):
+            return
+
+        def write(folder: Path) -> None:
+            write_draft(folder, self.draft_config, candidate.weights)
+
+        manifest = self._store.publish(
+            write,
+            parent=self.version,
+            target_digest=self._launch.target_digest,
+            provenance=candidate.provenance,
+            created_s=time.time(),
+            verdict=evidence,
+        )
+        assert manifest.digest == candidate.digest, "what was judged is not what was written"
+        self._journal.append(Published(time_s=time.time(), version=manifest.version, digest=manifest.digest))
+        ack = self._control.acknowledged(
+            Swap(manifest.version, str(self._paths.version(manifest.version)), manifest.digest)
+        )
+        if not ack.is_ok:
+            self._journal.append(SwapFailed(time_s=time.time(), version=manifest.version, reason=ack.message))
+            return
+        self._journal.append(
+            Promoted(time_s=time.time(), version=manifest.version, from_version=self.version, by="gate")
+        )
+        self.version = manifest.version
+        self._incumbent = candidate.draft
+        self._store.retain(self._config.versions.keep_last, {manifest.version, *self._protected()})
+
+    def _protected(self) -> set[int]:
+        state = state_of(self._journal.read())
+        return {version for version in (state.incumbent, state.previous) if version is not None}

@@ -1,0 +1,89 @@
+"""Chooses the draft a server starts with, and makes it version 1 of a new run directory.
+
+A run directory that has promoted before resumes on its incumbent; `--draft` then only says where it began.
+Everything about the target and the draft that can be refused is refused here, before SGLang is imported;
+a fresh draft needs torch, a given one is judged by its header first.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from onlinespec.draft.checkpoint import read_draft, write_draft
+from onlinespec.draft.config import read_target
+from onlinespec.draft.fresh import build_fresh_draft
+from onlinespec.draft.header import check_draft, target_digest
+from onlinespec.errors import StartError
+from onlinespec.paths import RunPaths
+from onlinespec.versions.journal import Journal, Published
+from onlinespec.versions.manifest import Provenance
+from onlinespec.versions.store import VersionStore
+
+FRESH = "init"
+
+
+@dataclass(frozen=True)
+class Provision:
+    """The draft a server loads: a directory of the version store."""
+
+    path: Path
+    version: int
+    target_digest: str
+    max_context_tokens: int
+    notices: tuple[str, ...]
+
+
+def resolve_model(model: str) -> Path:
+    """Directory of the target: a path, or a Hugging Face id that is already downloaded or can be.
+
+    Raises: StartError where there is neither.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path.absolute()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise StartError(
+            f"model {model}: no such directory, and no such model on the hub ({type(error).__name__});"
+            " give the path of a model directory"
+        ) from error
+
+
+def provision_draft(target: Path, draft: str, paths: RunPaths, context_tokens: int, seed: int) -> Provision:
+    """Resume the incumbent, or make version 1 of a fresh or a given draft.
+
+    context_tokens: the server's --context-length; 0 means the target's own.
+    Raises: CheckpointError where the draft does not fit; VersionError where the store is another target's.
+    """
+    facts = read_target(target)
+    digest = target_digest(target)
+    context = context_tokens or facts.max_position_embeddings
+    store = VersionStore(paths)
+    manifest = store.incumbent_for(digest)
+    notices: tuple[str, ...] = ()
+    if manifest is not None:
+        store.verify(manifest.version)
+        notices = (f"resuming draft version {manifest.version}, the last one in service; --draft {draft} is not read",)
+        return Provision(paths.version(manifest.version), manifest.version, digest, context, notices)
+    if draft == FRESH:
+        config, weights = build_fresh_draft(target, seed)
+        notices = (
+            "starting from an untrained draft: until it has learned, a verify step emits about one token and costs"
+            " more than a plain decode step; expect lower speed at first",
+        )
+    else:
+        check_draft(draft, facts, context)
+        config, weights = read_draft(draft)
+    manifest = store.publish(
+        lambda folder: write_draft(folder, config, weights),
+        parent=None,
+        target_digest=digest,
+        provenance=Provenance(optimizer_steps=0, answer_tokens=0, seed=seed, tenants=()),
+        created_s=time.time(),
+    )
+    Journal(paths).append(Published(time_s=time.time(), version=manifest.version, digest=manifest.digest))
+    return Provision(paths.version(manifest.version), manifest.version, digest, context, notices)

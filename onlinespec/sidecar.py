@@ -1,0 +1,266 @@
+"""Composition root of the trainer process, and its one loop: receive, train, judge, report.
+
+It may die at any moment. What it needs to go on is on disk: versions, the journal, the holdout key, and the
+trainer's checkpoint; its buffers are rebuilt from the stream. Nothing here is caught: a fault ends the
+process and the supervisor starts it again.
+"""
+
+import json
+import os
+import secrets
+import signal
+import sys
+import time
+from collections import Counter, OrderedDict
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from onlinespec.config import Config, load_config
+from onlinespec.draft.fresh import read_embedding
+from onlinespec.draft.sample import Sample
+from onlinespec.errors import WireError
+from onlinespec.gate.holdout import first_user_span, group_of, is_holdout
+from onlinespec.launch import read_launch
+from onlinespec.paths import RunPaths
+from onlinespec.promote import Promoter
+from onlinespec.trainer.assemble import Assembler
+from onlinespec.trainer.buffer import Buffer
+from onlinespec.trainer.prefix import PrefixRows
+from onlinespec.trainer.step import Trainer
+from onlinespec.versions.manifest import Provenance
+from onlinespec.wire.messages import GetHello, Heartbeat, Hello, RequestEnded, RequestStarted, Rows
+from onlinespec.wire.sockets import ControlClient, SampleReceiver
+
+_NICE = 10
+_KEY_BYTES = 32
+_MAX_TRAINED_ANSWERS = 200_000
+_MAX_CREDIT_STEPS = 4.0
+_STATUS_S = 1.0
+
+
+def holdout_key(path: Path) -> bytes:
+    """The run directory's secret, made at first use: a client cannot choose the side its traffic falls on."""
+    if not path.exists():
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(secrets.token_bytes(_KEY_BYTES))
+    return path.read_bytes()
+
+
+class Sidecar:
+    """See the module's docstring."""
+
+    def __init__(self, root: Path):
+        self._paths = RunPaths(root)
+        self._config: Config = load_config([self._paths.resolved_config])
+        launch = read_launch(root)
+        self._control = ControlClient(self._paths.control_endpoint)
+        hello = self._control.request(GetHello())
+        assert isinstance(hello, Hello), hello
+        self._generation_prompt = hello.generation_prompt
+        self._key = holdout_key(self._paths.holdout_key)
+        self._trained_answers: OrderedDict[int, None] = OrderedDict()
+        self.counters: Counter[str] = Counter()
+        self._tenants: set[str] = set()
+        embed_VD = read_embedding(launch.model).float()
+        self.promoter = Promoter(
+            self._paths,
+            self._config,
+            launch,
+            self._control,
+            embed_VD,
+            lambda key: hash(key) in self._trained_answers,
+            hello.version,
+        )
+        weights = self.promoter.incumbent_weights()
+        self.trainer = Trainer(self._config.trainer, self.promoter.draft_config, weights, embed_VD)
+        self._target_digest = launch.target_digest
+        self._buffer = Buffer(self._config.buffer, self.trainer.generator)
+        self._assembler = Assembler(PrefixRows(self._config.buffer.prefix_cache_bytes), self._config.buffer.ttl_s)
+        self._receiver = SampleReceiver(self._paths.samples_endpoint)
+        self._credit_steps = 0.0
+        self._frozen_at_step = 0
+        self._last_loss = float("nan")
+        self._server_counters: dict[str, int] = {}
+        self._is_stopped = False
+        self._resume()
+
+    def run(self) -> None:
+        """Until SIGTERM or SIGINT; then the trainer's state is saved."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
+        reported_s = saved_s = time.monotonic()
+        while not self._is_stopped:
+            self._receive(0.0 if self._credit_steps >= 1 else 0.05)
+            self.promoter.sync()
+            if self.promoter.has_moved:
+                self._follow_operator()
+            self._train()
+            now_s = time.monotonic()
+            if now_s - reported_s >= _STATUS_S:
+                reported_s = now_s
+                self._assembler.expire(time.time())
+                self.promoter.expire(time.time())
+                self._report()
+            if now_s - saved_s >= self._config.trainer.checkpoint_s:
+                saved_s = now_s
+                self._save()
+        self._save()
+        self._report()
+
+    def _stop(self, _number: int, _frame: object) -> None:
+        self._is_stopped = True
+
+    def _receive(self, timeout_s: float) -> None:
+        """Take everything that waits; wait for the first message only. A damaged message is counted and dropped."""
+        while True:
+            try:
+                received = self._receiver.receive(timeout_s)
+                if received is None:
+                    return
+                self._handle(*received)
+            except WireError as error:
+                self.counters["damaged_messages"] += 1
+                print(f"onlinespec sidecar: dropped a message: {error}", file=sys.stderr, flush=True)
+            timeout_s = 0.0
+
+    def _handle(self, message: object, frames: list[memoryview]) -> None:
+        match message:
+            case RequestStarted():
+                self._assembler.start(message)
+            case Rows():
+                self._assembler.rows(message, frames)
+            case RequestEnded():
+                self.counters["verify_steps"] += message.num_verify_steps
+                self.counters["correct_drafts"] += message.num_correct_drafts
+                sample = self._assembler.end(message)
+                if sample is not None:
+                    self._file(sample)
+            case Heartbeat():
+                self._server_counters = message.counters
+
+    def _file(self, sample: Sample) -> None:
+        """To the gate or to the trainer, for good: the side is the conversation's, not the request's."""
+        prompt = sample.tokens_T[: sample.num_prompt_tokens].tolist()
+        first_turn = prompt[: first_user_span(prompt, self._generation_prompt)]
+        sample = replace(sample, group=group_of(self._key, sample.tenant, first_turn))
+        if is_holdout(sample.group, self._config.gate.holdout_frac):
+            self.counters["heldout_samples"] += 1
+            verdict = self.promoter.observe(sample)
+            if verdict is not None:
+                self.counters[f"verdicts_{verdict.decision}"] += 1
+                self._save()
+            return
+        self.counters["training_samples"] += 1
+        self.counters["training_tokens"] += sample.num_answer_tokens
+        self._tenants.add(sample.tenant)
+        self._trained_answers[hash(sample.answer_key)] = None
+        if len(self._trained_answers) > _MAX_TRAINED_ANSWERS:
+            self._trained_answers.popitem(last=False)
+        self._buffer.add(sample, time.time())
+        trainer = self._config.trainer
+        if trainer.enabled:
+            credit = self._credit_steps + trainer.passes / trainer.batch_requests
+            self._credit_steps = min(credit, _MAX_CREDIT_STEPS)
+
+    def _train(self) -> None:
+        """One step where new samples paid for it, then a candidate where one is due."""
+        if self._credit_steps < 1:
+            return
+        self._credit_steps -= 1
+        config = self._config
+        batch = self._buffer.draw(config.trainer.batch_requests * config.trainer.accumulation, time.time())
+        result = self.trainer.step(batch)
+        self._last_loss = result.loss
+        if self.trainer.num_steps - self._frozen_at_step < config.gate.candidate_steps:
+            return
+        self.promoter.give_way(time.time())
+        if self.promoter.race is None:
+            self._frozen_at_step = self.trainer.num_steps
+            self.promoter.freeze(self.trainer.weights(), self._provenance())
+
+    def _provenance(self) -> Provenance:
+        return Provenance(
+            optimizer_steps=self.trainer.num_steps,
+            answer_tokens=self.counters["training_tokens"],
+            seed=self._config.trainer.seed,
+            tenants=tuple(sorted(self._tenants)),
+        )
+
+    def _follow_operator(self) -> None:
+        """Another version came into service: train on from it, not from what was taken back."""
+        self.promoter.has_moved = False
+        self.trainer.restart(self.promoter.incumbent_weights())
+        self._frozen_at_step = self.trainer.num_steps
+
+    def _resume(self) -> None:
+        """From the checkpoint, where it was made for this target and the version that is in service now."""
+        if not self._paths.trainer_state.exists():
+            return
+        saved = torch.load(self._paths.trainer_state, weights_only=True)
+        if saved["target_digest"] != self._target_digest or saved["version"] != self.promoter.version:
+            return
+        self.trainer.load_state(saved["trainer"])
+        self.counters.update(saved["counters"])
+        self._tenants.update(saved["tenants"])
+        self._trained_answers.update(dict.fromkeys(saved["trained_answers"]))
+        self._frozen_at_step = self.trainer.num_steps
+        self.counters["resumes"] += 1
+
+    def _save(self) -> None:
+        state = {
+            "target_digest": self._target_digest,
+            "version": self.promoter.version,
+            "trainer": self.trainer.state(),
+            "counters": dict(self.counters),
+            "tenants": sorted(self._tenants),
+            "trained_answers": list(self._trained_answers),
+        }
+        temporary = self._paths.trainer_state.with_suffix(".tmp")
+        torch.save(state, temporary)
+        temporary.rename(self._paths.trainer_state)
+
+    def _report(self) -> None:
+        race, verdict = self.promoter.race, self.promoter.last_verdict
+        steps = self.counters["verify_steps"]
+        status = {
+            "time_s": time.time(),
+            "version": self.promoter.version,
+            "accept_length": (steps + self.counters["correct_drafts"]) / steps if steps else None,
+            "trainer_step": self.trainer.num_steps,
+            "loss": self._last_loss if self._last_loss == self._last_loss else None,
+            "skipped_steps": self.trainer.num_skipped,
+            "buffered_samples": len(self._buffer),
+            "candidates": self.promoter.state.num_candidates,
+            "promotions": self.promoter.state.num_promotions,
+            "race": race
+            and {
+                "requests": race.num_requests,
+                "mean_gain": race.mean_gain_tokens,
+                "e_value": race.e_value,
+                "threshold": 1 / race.alpha,
+            },
+            "last_verdict": verdict and f"{verdict.decision}: {verdict.reason}",
+            "heldout_incomplete": self.promoter.num_incomplete,
+            **self.counters,
+            **{f"assembler_{name}": count for name, count in self._assembler.counters.items()},
+            **{f"server_{name}": count for name, count in self._server_counters.items()},
+        }
+        temporary = self._paths.sidecar_status.with_suffix(".tmp")
+        temporary.write_text(json.dumps(status))
+        temporary.rename(self._paths.sidecar_status)
+
+
+def main() -> None:
+    """`python -m onlinespec.sidecar RUN_DIR`, started by `serve`."""
+    root = Path(sys.argv[1])
+    config = load_config([RunPaths(root).resolved_config])
+    os.nice(_NICE)
+    torch.set_num_threads(config.trainer.num_threads)
+    Sidecar(root).run()
+
+
+if __name__ == "__main__":
+    main()

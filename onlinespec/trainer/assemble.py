@@ -1,0 +1,166 @@
+"""Puts requests together again from segments that may arrive with gaps or twice.
+
+Rows are keyed by (request, position), last write wins: a retracted request delivers its rows again. A row
+that is missing (cached prefix, dropped message) leaves a hole in `has_aux_T`; a missing token makes the
+request worthless and it is dropped and counted. A request whose end never comes is dropped after `ttl_s`.
+
+T tokens, A captured layers, D target width, k teacher top-k, N rows of a pass, M rows with a teacher.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from onlinespec.draft.sample import Sample, VerifySteps
+from onlinespec.errors import WireError
+from onlinespec.trainer.prefix import PrefixRows
+from onlinespec.wire.frames import FrameHeader, arrays_of
+from onlinespec.wire.messages import RequestEnded, RequestStarted, Rows, Segment
+
+
+@dataclass
+class _Open:
+    """A request in flight. aux: (position, [n, A*D]); teacher: (position, ids, logits, lse)."""
+
+    started: RequestStarted
+    tokens: dict[int, int]
+    aux: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    teacher: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    verify: VerifySteps = field(default_factory=VerifySteps)
+
+
+def _tensor(header: FrameHeader, array: np.ndarray) -> torch.Tensor:
+    tensor = torch.from_numpy(array.copy())
+    return tensor.view(torch.bfloat16).float() if header.dtype == "bfloat16" else tensor
+
+
+class Assembler:
+    """Messages in, finished samples out. `counters` says what was lost and why."""
+
+    def __init__(self, prefix_rows: PrefixRows, ttl_s: float):
+        self.counters: Counter[str] = Counter()
+        self._prefix_rows = prefix_rows
+        self._ttl_s = ttl_s
+        self._open: dict[int, _Open] = {}
+
+    def start(self, message: RequestStarted) -> None:
+        self._open[message.request] = _Open(message, dict(enumerate(message.prompt_tokens)))
+
+    def rows(self, message: Rows, frames: Sequence[memoryview]) -> None:
+        """Raises: WireError where the frames do not match the segments."""
+        arrays = arrays_of(message.frames, frames)
+        num_rows = sum(segment.num_rows for segment in message.segments)
+        num_teacher = sum(segment.num_teacher_rows for segment in message.segments)
+        shapes = [array.shape for array in arrays]
+        leading = [shape[:1] for shape in shapes]
+        if leading != [(num_rows,), *[(num_teacher,)] * 3] or [len(shape) for shape in shapes] != [2, 2, 2, 1]:
+            raise WireError(f"frames {shapes} came with {num_rows} rows, {num_teacher} of them with a teacher")
+        aux_NA, ids_Mk, logits_Mk, lse_M = (_tensor(*pair) for pair in zip(message.frames, arrays, strict=True))
+        row = teacher_row = 0
+        for segment in message.segments:
+            teacher = slice(teacher_row, teacher_row + segment.num_teacher_rows)
+            self._segment(
+                segment, aux_NA[row : row + segment.num_rows], (ids_Mk[teacher], logits_Mk[teacher], lse_M[teacher])
+            )
+            row += segment.num_rows
+            teacher_row += segment.num_teacher_rows
+
+    def _segment(
+        self, segment: Segment, aux_nA: torch.Tensor, teacher: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    ) -> None:
+        request = self._open.get(segment.request)
+        if request is None:
+            self.counters["segments_without_start"] += 1
+            return
+        request.aux.append((segment.position, aux_nA))
+        if segment.num_teacher_rows:
+            first = segment.position + segment.num_rows - segment.num_teacher_rows
+            request.teacher.append((first, *teacher))
+        request.tokens.update(enumerate(segment.tokens, segment.token_position))
+        if segment.is_verify:
+            verify = request.verify
+            verify.start.append(segment.position)
+            verify.num_drafted.append(segment.num_drafted)
+            verify.num_correct.append(segment.num_correct)
+            verify.num_committed.append(len(segment.tokens))
+            verify.version.append(segment.version)
+            verify.is_mixed.append(segment.is_mixed)
+        else:
+            self._remember_prefix(request, segment, aux_nA)
+
+    def _remember_prefix(self, request: _Open, segment: Segment, aux_nA: torch.Tensor) -> None:
+        """At once, not at the request's end: the next request may hit this prefix while this one runs."""
+        end = segment.position + segment.num_rows
+        tokens = [request.tokens.get(position) for position in range(end)]
+        if None in tokens:
+            return
+        aux_TA = aux_nA.new_zeros(end, aux_nA.shape[1])
+        aux_TA[segment.position :] = aux_nA
+        has_aux_T = torch.arange(end) >= segment.position
+        self._prefix_rows.store(torch.tensor(tokens), aux_TA, has_aux_T)
+
+    def end(self, message: RequestEnded) -> Sample | None:
+        """The finished sample; None where nothing can be learned from it (counted)."""
+        request = self._open.pop(message.request, None)
+        if request is None:
+            self.counters["ends_without_start"] += 1
+            return None
+        num_tokens = len(request.started.prompt_tokens) + message.num_output_tokens
+        tokens = [request.tokens.get(position) for position in range(num_tokens)]
+        if None in tokens:
+            self.counters["samples_with_lost_tokens"] += 1
+            return None
+        if not (request.aux and request.teacher and message.num_output_tokens > 1):
+            self.counters["samples_too_short"] += 1
+            return None
+        self.counters["samples"] += 1
+        return self._sample(request, message, torch.tensor(tokens, dtype=torch.int64))
+
+    def _sample(self, request: _Open, message: RequestEnded, tokens_T: torch.Tensor) -> Sample:
+        num_tokens = len(tokens_T)
+        aux_TA = torch.zeros(num_tokens, request.aux[0][1].shape[1])
+        has_aux_T = torch.zeros(num_tokens, dtype=torch.bool)
+        for position, rows in request.aux:
+            rows = rows[: max(0, num_tokens - position)]
+            aux_TA[position : position + len(rows)] = rows
+            has_aux_T[position : position + len(rows)] = True
+        k = request.teacher[0][1].shape[1]
+        ids_Tk = torch.zeros(num_tokens, k, dtype=torch.int64)
+        logits_Tk, lse_T = torch.zeros(num_tokens, k), torch.zeros(num_tokens)
+        has_teacher_T = torch.zeros(num_tokens, dtype=torch.bool)
+        for position, ids, logits, lse in request.teacher:
+            span = slice(position, min(position + len(lse), num_tokens))
+            count = max(0, span.stop - span.start)
+            ids_Tk[span], logits_Tk[span], lse_T[span] = ids[:count].long(), logits[:count], lse[:count]
+            has_teacher_T[span] = True
+        self.counters["rows_missing"] += int((~has_aux_T[: num_tokens - 1]).sum())
+        self.counters["rows_completed"] += self._prefix_rows.complete(tokens_T, aux_TA, has_aux_T)
+        self._prefix_rows.store(tokens_T, aux_TA, has_aux_T)
+        started = request.started
+        return Sample(
+            request=message.request,
+            tenant=started.tenant,
+            num_prompt_tokens=len(started.prompt_tokens),
+            temperature=started.temperature,
+            tokens_T=tokens_T,
+            aux_TA=aux_TA,
+            has_aux_T=has_aux_T,
+            teacher_ids_Tk=ids_Tk,
+            teacher_logits_Tk=logits_Tk,
+            teacher_lse_T=lse_T,
+            has_teacher_T=has_teacher_T,
+            verify=request.verify,
+            finish_reason=message.reason,
+            started_s=started.time_s,
+            ended_s=message.time_s,
+        )
+
+    def expire(self, now_s: float) -> None:
+        """Drop requests that started more than `ttl_s` ago and never ended."""
+        for number, request in list(self._open.items()):
+            if now_s - request.started.time_s > self._ttl_s:
+                del self._open[number]
+                self.counters["samples_expired"] += 1

@@ -1,0 +1,207 @@
+"""The version store: numbered directories that appear whole or not at all.
+
+A version is written into a temporary directory inside the store, flushed to disk, and renamed to its
+number; the rename is the publication. Numbers are handed out under a lock of the store, so concurrent
+publishers get different ones. A publisher holds a lock on its temporary directory for as long as it lives;
+a temporary directory that nobody holds was left by a crash, and the next open removes it. Removal goes the
+same way backwards: renamed out of the numbers first, so that no half deleted version is ever listed.
+
+Locks are flock(2): they die with their process. The store wants a local file system.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from onlinespec.errors import VersionError
+from onlinespec.paths import RunPaths
+from onlinespec.versions.durable import sync_path, sync_tree
+from onlinespec.versions.journal import Journal, state_of
+from onlinespec.versions.manifest import WEIGHTS_FILE, Manifest, Provenance, read_manifest, write_manifest
+
+PUBLISHING = ".publishing-"
+REMOVING = ".removing-"
+LOCK_FILE = ".lock"
+
+
+class VersionStore:
+    """The versions of one run directory. Opening it removes what a crash left behind."""
+
+    def __init__(self, paths: RunPaths):
+        self._paths = paths
+        if paths.versions.is_dir():
+            self._sweep()
+
+    def publish(
+        self,
+        write_files: Callable[[Path], None],
+        *,
+        parent: int | None,
+        target_digest: str,
+        provenance: Provenance,
+        created_s: float,
+        verdict: dict[str, Any] | None = None,
+    ) -> Manifest:
+        """Add the next version and return its manifest once it is durable.
+
+        `write_files` gets an empty directory and writes model.safetensors and whatever goes with it. When it
+        raises, the store is as before.
+
+        Raises: VersionError where model.safetensors was not written, the parent is not in the store, or the
+        disk refuses.
+        """
+        parent_digest = None if parent is None else self.manifest(parent).digest
+        self._paths.create()
+        with self._temporary() as directory:
+            write_files(directory)
+            if not (directory / WEIGHTS_FILE).is_file():
+                raise VersionError(f"{directory}: no {WEIGHTS_FILE} was written; a version needs one")
+            digest = file_digest(directory / WEIGHTS_FILE)
+            # Once here, where it is slow and holds nobody up; once more below, for the manifest.
+            sync_tree(directory)
+            with self._locked():
+                manifest = Manifest(
+                    version=max(self.numbers(), default=0) + 1,
+                    digest=digest,
+                    parent=parent,
+                    parent_digest=parent_digest,
+                    target_digest=target_digest,
+                    created_s=created_s,
+                    provenance=provenance,
+                    verdict=verdict,
+                )
+                write_manifest(manifest, directory)
+                sync_tree(directory)
+                directory.rename(self._paths.version(manifest.version))
+                sync_path(self._paths.versions)
+        return manifest
+
+    def numbers(self) -> tuple[int, ...]:
+        """Every version in the store, ascending."""
+        if not self._paths.versions.is_dir():
+            return ()
+        found = (int(path.name) for path in self._paths.versions.iterdir() if path.name.isdecimal())
+        return tuple(sorted(number for number in found if self._paths.version(number).is_dir()))
+
+    def latest(self) -> int | None:
+        """Newest version; None in an empty store."""
+        return max(self.numbers(), default=None)
+
+    def manifest(self, number: int) -> Manifest:
+        """Raises: VersionError where the version is not in the store or its manifest is damaged."""
+        directory = self._paths.version(number)
+        if not directory.is_dir():
+            kept = ", ".join(str(kept) for kept in self.numbers()) or "none"
+            raise VersionError(f"version {number} is not in {self._paths.versions}; it holds {kept}")
+        manifest = read_manifest(directory)
+        if manifest.version != number:
+            raise VersionError(f"{directory}: its manifest says version {manifest.version}; delete it")
+        return manifest
+
+    def verify(self, number: int) -> Manifest:
+        """Read all weights and compare them with the manifest.
+
+        Raises: VersionError where the bytes on disk are not those that were published.
+        """
+        manifest = self.manifest(number)
+        path = self._paths.version(number) / WEIGHTS_FILE
+        try:
+            found = file_digest(path)
+        except OSError as error:
+            raise VersionError(f"{path}: cannot be read ({error.strerror}); roll back") from error
+        if found != manifest.digest:
+            raise VersionError(
+                f"{path}: its digest is {found}, the manifest says {manifest.digest}; "
+                f"the file is damaged, roll back to another version"
+            )
+        return manifest
+
+    def retain(self, keep_last: int, protect: Collection[int]) -> tuple[int, ...]:
+        """Delete all but the newest `keep_last` versions and the protected ones; return what was deleted.
+
+        The caller protects the incumbent, what it would roll back to, and what is pinned.
+        """
+        assert keep_last >= 1, keep_last
+        if not self._paths.versions.is_dir():
+            return ()
+        with self._locked():
+            doomed = tuple(number for number in self.numbers()[:-keep_last] if number not in protect)
+            moved = [self._paths.versions / f"{REMOVING}{number:06d}" for number in doomed]
+            for number, path in zip(doomed, moved, strict=True):
+                self._paths.version(number).rename(path)
+            sync_path(self._paths.versions)
+            for path in moved:
+                shutil.rmtree(path)
+        return doomed
+
+    def incumbent_for(self, target_digest: str) -> Manifest | None:
+        """The version a restarted server loads; None where the journal names none.
+
+        Raises: VersionError where that version was trained for another target, or is not in the store.
+        """
+        incumbent = state_of(Journal(self._paths).read()).incumbent
+        if incumbent is None:
+            return None
+        manifest = self.manifest(incumbent)
+        if manifest.target_digest != target_digest:
+            raise VersionError(
+                f"{self._paths.root}: version {incumbent} was trained for target {manifest.target_digest}, "
+                f"the server has target {target_digest}; start with a new run directory"
+            )
+        return manifest
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the store against other publishers and sweepers."""
+        with open(self._paths.versions / LOCK_FILE, "wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def _temporary(self) -> Iterator[Path]:
+        """A directory that is gone afterwards, whatever happens, unless it was renamed."""
+        with self._locked():
+            # Under the lock, or a sweep could take the directory between its creation and its own lock.
+            directory = Path(tempfile.mkdtemp(prefix=PUBLISHING, dir=self._paths.versions))
+            held = _lock_directory(directory)
+        assert held is not None, directory
+        try:
+            yield directory
+        except OSError as error:
+            raise VersionError(f"{directory}: nothing was published ({error}); check the disk") from error
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+            os.close(held)
+
+    def _sweep(self) -> None:
+        with self._locked():
+            for path in self._paths.versions.glob(f"{REMOVING}*"):
+                shutil.rmtree(path)
+            for path in self._paths.versions.glob(f"{PUBLISHING}*"):
+                held = _lock_directory(path)
+                if held is not None:
+                    shutil.rmtree(path)
+                    os.close(held)
+
+
+def file_digest(path: Path) -> str:
+    """Sha256 of a file, in hex, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _lock_directory(path: Path) -> int | None:
+    """Take the lock of a temporary directory; None where its publisher still lives."""
+    held = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        return None
+    return held

@@ -1,0 +1,1 @@
+"""What crosses a process border: messages, tensor frames, sockets. No torch, no sglang."""

@@ -1,0 +1,192 @@
+"""Messages, in the order data flows: server -> sidecar (samples), then commands -> server (control).
+
+Samples may be lost: every loss is counted by its sender and told in the next `Heartbeat`. Control is
+acknowledged: a request gets exactly one `Ack`. Encoding is msgpack by msgspec; tensors travel beside the
+message as raw frames (see `frames`). Nothing is pickled.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from onlinespec.errors import WireError
+from onlinespec.wire.frames import FrameHeader
+
+
+class Hello(msgspec.Struct, tag=True, frozen=True):
+    """The plugin is attached: what it found in the server. First answer on the control socket."""
+
+    sglang_version: str
+    sites: list[str]
+    vocab_size: int
+    hidden_size: int
+    """width of one captured hidden state"""
+    num_aux: int
+    """captured hidden states per row"""
+    num_draft_steps: int
+    greedy_verify: bool
+    """True where the verifier is greedy whatever the request's temperature (CPU)"""
+    capture: bool
+    capture_refused: str
+    """why rows are not captured; empty when they are"""
+    version: int
+    """draft version in service"""
+    generation_prompt: list[int]
+    """tokens the chat template writes before an answer; empty where there is no template"""
+
+
+class RequestStarted(msgspec.Struct, tag=True, frozen=True):
+    """A request delivered its first rows."""
+
+    request: int
+    """our own number, unique in a server's life"""
+    tenant: str
+    prompt_tokens: list[int]
+    cached_tokens: int
+    """prompt positions [0, cached_tokens) have no rows: the server had them in its prefix cache"""
+    temperature: float
+    """effective for verification: 0 means greedy"""
+    top_k: int
+    top_p: float
+    time_s: float
+    """wall clock of the server"""
+
+
+class Segment(msgspec.Struct, array_like=True, frozen=True):
+    """The rows of one request in one forward pass. Its rows are consecutive positions."""
+
+    request: int
+    is_verify: bool
+    position: int
+    """position of the first row"""
+    num_rows: int
+    tokens: list[int]
+    """tokens this pass committed; the first stands at `token_position`"""
+    token_position: int
+    num_teacher_rows: int
+    """the last so many rows have a teacher"""
+    num_drafted: int
+    """tokens drafted for this verify step; 0 for prefill"""
+    num_correct: int
+    """drafted tokens the verifier accepted, before truncation by a stop"""
+    version: int
+    """draft that drafted this step; 0 for prefill"""
+    is_mixed: bool
+    """first verify after a swap: its first drafted token is still the old draft's"""
+
+
+class Rows(msgspec.Struct, tag=True, frozen=True):
+    """The committed rows of one forward pass, request after request.
+
+    Frames, in order: aux [N, A*D]; teacher_ids int32 [M, k]; teacher_logits float32 [M, k];
+    teacher_lse float32 [M], where N sums num_rows and M num_teacher_rows over the segments.
+    """
+
+    segments: list[Segment]
+    frames: list[FrameHeader]
+
+
+class RequestEnded(msgspec.Struct, tag=True, frozen=True):
+    """A request finished or was aborted. Its counters are SGLang's own."""
+
+    request: int
+    reason: str
+    num_verify_steps: int
+    num_correct_drafts: int
+    num_output_tokens: int
+    time_s: float
+
+
+class Heartbeat(msgspec.Struct, tag=True, frozen=True):
+    """Counters of the tap since the server started; sent about once a second while rows flow."""
+
+    version: int
+    counters: dict[str, int]
+
+
+SampleMessage = Hello | RequestStarted | Rows | RequestEnded | Heartbeat
+
+
+class GetHello(msgspec.Struct, tag=True, frozen=True):
+    """Ask for `Hello`."""
+
+
+class GetStatus(msgspec.Struct, tag=True, frozen=True):
+    """Ask for the counters and the version in service."""
+
+
+class Swap(msgspec.Struct, tag=True, frozen=True):
+    """Put a version in service between two iterations."""
+
+    version: int
+    path: str
+    """directory of the version"""
+    digest: str
+    """of its model.safetensors; the server refuses other bytes"""
+
+
+class SetCapture(msgspec.Struct, tag=True, frozen=True):
+    """Switch the tap."""
+
+    enabled: bool
+
+
+ControlRequest = GetHello | GetStatus | Swap | SetCapture
+
+
+class Status(msgspec.Struct, tag=True, frozen=True):
+    """State of the plugin."""
+
+    version: int
+    num_swaps: int
+    capture: bool
+    fuse: Literal["closed", "open", "half-open"]
+    last_fault: str
+    counters: dict[str, int]
+
+
+class Ack(msgspec.Struct, tag=True, frozen=True):
+    """The one answer to a `Swap` or `SetCapture`."""
+
+    is_ok: bool
+    message: str = ""
+    """why not; empty when ok"""
+    version: int = 0
+    """draft in service after the request"""
+    duration_s: float = 0.0
+    """time the scheduler spent in the copy"""
+
+
+ControlReply = Hello | Status | Ack
+
+_encoder = msgspec.msgpack.Encoder()
+_samples = msgspec.msgpack.Decoder(SampleMessage)
+_requests = msgspec.msgpack.Decoder(ControlRequest)
+_replies = msgspec.msgpack.Decoder(ControlReply)
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """Msgpack bytes of any message here."""
+    return _encoder.encode(message)
+
+
+def decode_sample(data: bytes) -> SampleMessage:
+    """Raises: WireError where the bytes are no sample message."""
+    return _decode(_samples, data, "sample message")
+
+
+def decode_request(data: bytes) -> ControlRequest:
+    """Raises: WireError where the bytes are no control request."""
+    return _decode(_requests, data, "control request")
+
+
+def decode_reply(data: bytes) -> ControlReply:
+    """Raises: WireError where the bytes are no control reply."""
+    return _decode(_replies, data, "control reply")
+
+
+def _decode(decoder, data: bytes, wanted: str):
+    try:
+        return decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise WireError(f"{len(data)} bytes are no {wanted}: {error}") from error

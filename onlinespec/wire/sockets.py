@@ -1,0 +1,190 @@
+"""The two sockets: samples (PUSH -> PULL, may be lost) and control (REQ -> ROUTER, acknowledged).
+
+The server binds both under the run directory's `sockets/`, which only its owner can enter; the sidecar
+and the commands connect. Nothing here blocks the server: the sender owns a queue bounded in bytes, since
+a ZeroMQ high-water mark counts messages and bounds no memory.
+"""
+
+import os
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+import zmq
+
+from onlinespec.errors import StartError, WireError
+from onlinespec.wire.messages import (
+    Ack,
+    ControlReply,
+    ControlRequest,
+    Heartbeat,
+    Hello,
+    SampleMessage,
+    Status,
+    decode_reply,
+    decode_request,
+    decode_sample,
+    encode,
+)
+
+_SEND_HWM = 8
+_POLL_MS = 100
+_HEARTBEAT_S = 1.0
+_MAX_IPC_PATH = 100
+
+
+def check_endpoint(endpoint: str) -> None:
+    """Raises: StartError where the path is longer than a Unix socket's may be."""
+    path = endpoint.removeprefix("ipc://")
+    num_bytes = len(os.fsencode(path))
+    if num_bytes > _MAX_IPC_PATH:
+        raise StartError(
+            f"socket path {path} has {num_bytes} bytes, more than the {_MAX_IPC_PATH} a Unix socket may have;"
+            " give a shorter --run-dir"
+        )
+
+
+class SampleSender:
+    """Server side of the samples stream.
+
+    `offer` never blocks: it queues, or drops and counts. One thread sends. With no sidecar the queue fills
+    to its budget and stays there; memory is bounded by `budget_bytes` plus the few messages ZeroMQ holds.
+    """
+
+    def __init__(self, endpoint: str, budget_bytes: int, version: Callable[[], int]):
+        self.counters: Counter[str] = Counter()
+        self._budget_bytes = budget_bytes
+        self._version = version
+        self._queue: deque[tuple[list[Any], int]] = deque()
+        self._queued_bytes = 0
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._beat_s = time.monotonic()
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
+        self._socket.setsockopt(zmq.SNDHWM, _SEND_HWM)
+        self._socket.setsockopt(zmq.SNDTIMEO, _POLL_MS)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind(endpoint)
+        threading.Thread(target=self._run, name="onlinespec-samples", daemon=True).start()
+
+    def offer(self, message: msgspec.Struct, frames: Sequence[Any] = (), num_rows: int = 0) -> bool:
+        """Queue one message with its frames (C-contiguous buffers); False where the budget dropped it."""
+        head = encode(message)
+        num_bytes = len(head) + sum(memoryview(frame).nbytes for frame in frames)
+        with self._lock:
+            fits = self._queued_bytes + num_bytes <= self._budget_bytes
+            if fits:
+                self._queue.append(([head, *frames], num_bytes))
+                self._queued_bytes += num_bytes
+        if fits:
+            self.counters["rows"] += num_rows
+            self.counters["bytes"] += num_bytes
+            self._wake.set()
+        else:
+            self.counters["dropped_messages"] += 1
+            self.counters["dropped_rows"] += num_rows
+            self.counters["dropped_bytes"] += num_bytes
+        return fits
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait(_HEARTBEAT_S)
+            self._wake.clear()
+            while self._queue:
+                parts, num_bytes = self._queue[0]
+                if not self._send(parts):
+                    continue
+                with self._lock:
+                    self._queue.popleft()
+                    self._queued_bytes -= num_bytes
+                self._beat()
+            self._beat()
+
+    def _beat(self) -> None:
+        """Between rows too: a queue that never empties is when the sidecar most needs to hear of drops."""
+        if time.monotonic() - self._beat_s >= _HEARTBEAT_S:
+            self._beat_s = time.monotonic()
+            self._send([encode(Heartbeat(self._version(), dict(self.counters)))])
+
+    def _send(self, parts: list[Any]) -> bool:
+        try:
+            self._socket.send_multipart(parts, copy=False)
+        except zmq.Again:
+            return False
+        return True
+
+
+class SampleReceiver:
+    """Sidecar side of the samples stream."""
+
+    def __init__(self, endpoint: str):
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
+        self._socket.setsockopt(zmq.RCVHWM, _SEND_HWM)
+        self._socket.connect(endpoint)
+
+    def receive(self, timeout_s: float) -> tuple[SampleMessage, list[memoryview]] | None:
+        """Next message and its frames; None when none came in time.
+
+        Raises: WireError where the bytes are no sample message.
+        """
+        if not self._socket.poll(int(timeout_s * 1000)):
+            return None
+        head, *frames = self._socket.recv_multipart(copy=False)
+        return decode_sample(bytes(head.buffer)), [frame.buffer for frame in frames]
+
+    def close(self) -> None:
+        self._socket.close(0)
+
+
+class ControlServer:
+    """Server side of control: one thread that answers each request exactly once."""
+
+    def __init__(self, endpoint: str, answer: Callable[[ControlRequest], ControlReply]):
+        self._answer = answer
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind(endpoint)
+        threading.Thread(target=self._run, name="onlinespec-control", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            identity, empty, *parts = self._socket.recv_multipart()
+            try:
+                reply = self._answer(decode_request(b"".join(parts)))
+            except WireError as error:
+                reply = Ack(False, str(error))
+            self._socket.send_multipart([identity, empty, encode(reply)])
+
+
+class ControlClient:
+    """Client side of control; a fresh REQ socket per request, so a lost reply cannot wedge it."""
+
+    def __init__(self, endpoint: str):
+        self._endpoint = endpoint
+
+    def request(self, request: ControlRequest, timeout_s: float = 30.0) -> ControlReply:
+        """Send and wait for the one answer.
+
+        Raises: WireError where no answer came in time, or it does not decode.
+        """
+        socket: zmq.Socket[bytes]
+        with zmq.Context.instance().socket(zmq.REQ) as socket:
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.connect(self._endpoint)
+            socket.send(encode(request))
+            if not socket.poll(int(timeout_s * 1000)):
+                raise WireError(
+                    f"no answer from the server at {self._endpoint} within {timeout_s:.0f} s;"
+                    " is it running, and is this its run directory?"
+                )
+            return decode_reply(socket.recv())
+
+    def acknowledged(self, request: ControlRequest, timeout_s: float = 60.0) -> Ack:
+        """Raises: WireError where the answer is no `Ack`."""
+        reply = self.request(request, timeout_s)
+        if isinstance(reply, Hello | Status):
+            raise WireError(f"the server answered {type(reply).__name__}, wanted an Ack")
+        return reply

@@ -1,0 +1,133 @@
+"""Servers shared by the integration tests: three boots in all, one server at a time.
+
+Order of the modules: what needs the shared server first, the product's own boot last.
+"""
+
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from onlinespec.config import load_config
+from onlinespec.cpu.torchvision_ops import define_torchvision_ops
+from onlinespec.draft.checkpoint import read_draft, write_draft
+from onlinespec.draft.fresh import read_embedding
+from onlinespec.draft.sample import Sample
+from onlinespec.launch import read_launch
+from onlinespec.operate import roll_back
+from onlinespec.trainer.step import Trainer
+from onlinespec.versions.journal import Journal, Published
+from onlinespec.versions.manifest import Provenance
+from onlinespec.versions.store import VersionStore
+from onlinespec.world import WORLD
+from tests.integration.capture import Capture
+from tests.integration.servers import Server, send, start_ours, start_plain, world_prompts
+
+NUM_IDENTITY_PROMPTS = 100
+IDENTITY_TOKENS = 96
+MODULES = ("test_identity", "test_rows", "test_variants", "test_product", "test_full")
+
+
+def pytest_collection_modifyitems(items) -> None:
+    def place(item) -> int:
+        name = item.path.stem
+        return MODULES.index(name) if item.path.parent == Path(__file__).parent and name in MODULES else -1
+
+    items.sort(key=place)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def identity_prompts():
+    return world_prompts(NUM_IDENTITY_PROMPTS, seed=11)
+
+
+@pytest.fixture(scope="session")
+def plain_answers(identity_prompts, tmp_path_factory) -> dict[str, str]:
+    """Greedy answers of stock SGLang without speculation, by prompt text."""
+    server = start_plain(tmp_path_factory.mktemp("plain"), free_port())
+    try:
+        answers = send(server, identity_prompts, max_tokens=IDENTITY_TOKENS)
+    finally:
+        server.stop()
+    return {answer.prompt.messages[0]["content"]: answer.text for answer in answers}
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory, probe_plugin) -> Iterator[Server]:
+    """`onlinespec serve` whose sidecar is left to the tests."""
+    directory, environment = probe_plugin
+    server = start_ours(
+        tmp_path_factory.mktemp("served"),
+        free_port(),
+        sets=["supervisor.sidecar=false"],
+        flags=["--chunked-prefill-size", "64"],
+        environment=environment,
+    )
+    server.probe = directory
+    yield server
+    assert server.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def probe_plugin(tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """A second plugin beside ours, as a user may have one; see probe.py."""
+    site, directory = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("probe")
+    (site / "onlinespec_test_probe.py").write_text((Path(__file__).parent / "probe.py").read_text())
+    info = site / "onlinespec_test_probe-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: onlinespec-test-probe\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nprobe = onlinespec_test_probe:register\n")
+    return directory, {"PYTHONPATH": str(site), "PROBE_DIR": str(directory), "SGLANG_PLUGINS": "probe"}
+
+
+@pytest.fixture(scope="session")
+def capture(served) -> Iterator[Capture]:
+    taken = Capture(served)
+    taken.drain()
+    yield taken
+    taken.close()
+
+
+def learn(server: Server, capture: Capture, num_prompts: int) -> list[Sample]:
+    """Train on rows of real requests; the draft that learned is in service as version 2 when this returns."""
+    _, samples = capture.send(world_prompts(num_prompts, seed=5, domains=("code",)), max_tokens=120)
+    launch = read_launch(server.paths.root)
+    config = load_config([server.paths.resolved_config])
+    draft_config, weights = read_draft(server.paths.version(1))
+    trainer = Trainer(config.trainer, draft_config, weights, read_embedding(launch.model).float())
+    for _ in range(3):
+        for start in range(0, len(samples), 4):
+            assert trainer.step(samples[start : start + 4]).is_applied
+    manifest = VersionStore(server.paths).publish(
+        lambda folder: write_draft(folder, draft_config, trainer.weights()),
+        parent=1,
+        target_digest=launch.target_digest,
+        provenance=Provenance(optimizer_steps=trainer.num_steps, answer_tokens=0, seed=0, tenants=()),
+        created_s=time.time(),
+    )
+    Journal(server.paths).append(Published(time_s=time.time(), version=manifest.version, digest=manifest.digest))
+    roll_back(server.paths.root, to=manifest.version)
+    return samples
+
+
+@pytest.fixture(scope="session")
+def learned(served, capture) -> list[Sample]:
+    return learn(served, capture, num_prompts=96)
+
+
+@pytest.fixture(scope="session")
+def transformers_target():
+    """The served target in transformers, with its tokenizer."""
+    define_torchvision_ops()
+    model = transformers.AutoModelForCausalLM.from_pretrained(WORLD, dtype=torch.float32).eval()
+    return model, transformers.AutoTokenizer.from_pretrained(WORLD)

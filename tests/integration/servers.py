@@ -1,0 +1,121 @@
+"""Real servers for the integration tests: started as a user would, one at a time."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from onlinespec.bench.accept import drive
+from onlinespec.bench.client import Answer, Prompt, Sampling
+from onlinespec.paths import RunPaths
+from onlinespec.wire.sockets import ControlClient
+from onlinespec.world import WORLD
+from onlinespec.world.corpus import DOMAINS, prompts
+
+REPOSITORY = Path(__file__).parent.parent.parent
+DEMO_CONFIG = REPOSITORY / "configs" / "demo.yaml"
+READY_S = 300
+_running: list["Server"] = []
+
+
+@dataclass
+class Server:
+    """A running `onlinespec serve`, or a plain SGLang server where `paths` has no run."""
+
+    process: subprocess.Popen
+    base_url: str
+    paths: RunPaths
+    log: Path
+    probe: Path = Path("/nonexistent")
+
+    @property
+    def control(self) -> ControlClient:
+        return ControlClient(self.paths.control_endpoint)
+
+    def log_text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(120)
+
+
+def start(command: Sequence[str], port: int, root: Path, is_ready, environment: dict[str, str] | None = None) -> Server:
+    """Start a command that serves on a port, and wait until `is_ready(server)`. The one before it is stopped."""
+    while _running:
+        _running.pop().stop()
+    root.mkdir(parents=True, exist_ok=True)
+    log = root / "serve.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(environment or {})},
+        )
+    server = Server(process, f"http://127.0.0.1:{port}", RunPaths(root), log)
+    deadline_s = time.monotonic() + READY_S
+    while not is_ready(server):
+        if process.poll() is not None or time.monotonic() > deadline_s:
+            server.stop(signal.SIGKILL)
+            raise AssertionError(f"the server did not become ready:\n{server.log_text()[-3000:]}")
+        time.sleep(0.3)
+    _running.append(server)
+    return server
+
+
+def start_ours(root: Path, port: int, sets: Sequence[str] = (), flags: Sequence[str] = (), **kwargs) -> Server:
+    """`onlinespec serve` of the demo world from a fresh draft."""
+    overrides = [part for value in sets for part in ("--set", value)]
+    ours = ["--draft", "init", "--config", str(DEMO_CONFIG), "--run-dir", str(root), *overrides]
+    command = ["-m", "onlinespec.cli", "serve", str(WORLD), *ours, "--port", str(port), "--random-seed", "1"]
+    return start(
+        [*command, "--log-level", "warning", *flags],
+        port,
+        root,
+        lambda server: "onlinespec: ready" in server.log_text(),
+        **kwargs,
+    )
+
+
+def start_plain(root: Path, port: int) -> Server:
+    """Stock SGLang on this CPU without speculation and without us."""
+    command = ["-m", "onlinespec.cpu.launch", "--model-path", str(WORLD), "--port", str(port), "--random-seed", "1"]
+    return start([*command, "--log-level", "warning"], port, root, _is_healthy)
+
+
+def _is_healthy(server: Server) -> bool:
+    try:
+        with urllib.request.urlopen(f"{server.base_url}/health_generate", timeout=5) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def world_prompts(count: int, seed: int, domains: Sequence[str] = DOMAINS) -> list[Prompt]:
+    """Prompts of the demo world, the domains in turn."""
+    streams = {domain: prompts(domain, seed) for domain in domains}
+    return [Prompt.of_text(domains[i % len(domains)], next(streams[domains[i % len(domains)]])) for i in range(count)]
+
+
+def send(server: Server, asked: Sequence[Prompt], concurrency: int = 4, **sampling) -> list[Answer]:
+    """Ask through the OpenAI client; answers in the order they ended, every one without an error."""
+    answers = asyncio.run(drive(server.base_url, asked, Sampling(**sampling), concurrency))
+    failed = [answer.error for answer in answers if answer.error]
+    assert not failed, failed[:3]
+    return answers
+
+
+def flush(server: Server) -> None:
+    """Forget cached prefixes: their draft KV may be another version's."""
+    request = urllib.request.Request(f"{server.base_url}/flush_cache", method="POST")
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        assert answer.status == 200

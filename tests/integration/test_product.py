@@ -1,0 +1,154 @@
+"""The product as a user runs it: serve with its own sidecar, killed, rolled back, stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from onlinespec.config import load_config
+from onlinespec.serve import plan
+from onlinespec.versions.journal import Journal, Promoted, RolledBack
+from onlinespec.wire.messages import GetStatus
+from onlinespec.world import WORLD
+from tests.integration.conftest import free_port
+from tests.integration.servers import DEMO_CONFIG, Server, send, start_ours, world_prompts
+
+
+@pytest.fixture(scope="module")
+def product(tmp_path_factory):
+    root = tmp_path_factory.mktemp("product")
+    sets = ["gate.candidate_steps=10", "trainer.checkpoint_s=2", "trainer.passes=4"]
+    server = start_ours(root, free_port(), sets=sets)
+    yield server
+    server.stop(signal.SIGKILL)
+
+
+class Load:
+    """Requests without a pause until stopped; every one must succeed."""
+
+    def __init__(self, server: Server):
+        self.answers: list = []
+        self._server = server
+        self._is_done = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        for seed in range(1000):
+            if self._is_done.is_set():
+                return
+            self.answers += send(self._server, world_prompts(8, seed=100 + seed, domains=("code",)), max_tokens=64)
+
+    def __enter__(self) -> "Load":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        self._is_done.set()
+        self._thread.join()
+
+
+def status(server: Server) -> dict:
+    try:
+        return json.loads(server.paths.sidecar_status.read_bytes())
+    except FileNotFoundError:
+        return {}
+
+
+def wait_for(condition, what: str, limit_s: float = 240) -> None:
+    deadline_s = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"waited {limit_s:.0f} s for {what}"
+        time.sleep(0.2)
+
+
+def sidecar_pids(server: Server) -> list[int]:
+    wanted = ["-m", "onlinespec.sidecar", str(server.paths.root)]
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            words = Path(f"/proc/{entry}/cmdline").read_text().split("\0")
+        except OSError:
+            continue
+        if words[1:4] == wanted:
+            found.append(int(entry))
+    return found
+
+
+def command(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "onlinespec.cli", *words], capture_output=True, text=True, timeout=60)
+
+
+def test_a_draft_learns_is_promoted_and_training_survives_kill_nine_without_a_failed_request(product):
+    with Load(product) as load:
+        wait_for(lambda: any(isinstance(e, Promoted) for e in Journal(product.paths).read()), "a promotion")
+        wait_for(lambda: product.paths.trainer_state.exists(), "a checkpoint of the trainer")
+        num_steps = status(product)["trainer_step"]
+        (pid,) = sidecar_pids(product)
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: sidecar_pids(product) not in ([], [pid]), "a new sidecar")
+        wait_for(lambda: status(product).get("resumes", 0) >= 1, "the sidecar to resume")
+        wait_for(lambda: status(product)["trainer_step"] > num_steps, "training to go on")
+
+    learned = load.answers[-8:]
+    assert "again in 1 s" in product.log_text()
+    assert sum(a.num_correct_drafts for a in learned) > sum(a.num_correct_drafts for a in load.answers[:8])
+    assert product.control.request(GetStatus()).fuse == "closed"
+
+
+def test_rollback_works_with_the_sidecar_dead_and_bars_what_it_left(product):
+    version = product.control.request(GetStatus()).version
+    (pid,) = sidecar_pids(product)
+    os.kill(pid, signal.SIGSTOP)
+
+    done = command("rollback", "--run-dir", str(product.paths.root))
+
+    os.kill(pid, signal.SIGCONT)
+    assert done.returncode == 0, done.stderr
+    assert product.control.request(GetStatus()).version < version
+    event = [e for e in Journal(product.paths).read() if isinstance(e, RolledBack)][-1]
+    assert event.from_version == version
+    assert event.barred_digest
+
+
+def test_status_and_history_tell_what_happened(product):
+    told = command("status", "--run-dir", str(product.paths.root))
+    history = command("history", "--run-dir", str(product.paths.root))
+
+    assert told.returncode == history.returncode == 0
+    assert "capture   on, fuse closed" in told.stdout
+    assert "by the gate" in history.stdout
+    assert "rolled back" in history.stdout
+
+
+def test_bench_accept_reads_the_servers_counters_and_writes_json(product, tmp_path):
+    out = tmp_path / "bench.json"
+
+    done = command("bench", "accept", "--base-url", product.base_url, "--requests", "8", "--out", str(out))
+
+    rows = json.loads(out.read_text())["rows"]
+    assert done.returncode == 0, done.stderr
+    assert [row["name"] for row in rows][-1] == "all"
+    assert rows[-1]["num_requests"] == 8
+    assert rows[-1]["num_failed"] == 0
+    assert rows[-1]["accept_length"] >= 1.0
+
+
+def test_sigint_stops_both_processes_cleanly_and_the_next_start_serves_the_last_draft_in_service(product):
+    pids = sidecar_pids(product)
+    version = product.control.request(GetStatus()).version
+
+    returncode = product.stop(signal.SIGINT)
+
+    assert returncode == 0
+    assert pids
+    assert sidecar_pids(product) == []
+    assert "Traceback" not in product.log_text().split("onlinespec: ready")[1]
+    again = plan(str(WORLD), "init", product.paths.root, load_config([DEMO_CONFIG]), ["--port", str(free_port())])
+    assert again.launch.version == version
+    assert "resuming draft version" in again.notices[0]

@@ -1,0 +1,299 @@
+"""What cannot be served is refused by `serve` before SGLang is imported: one line with found and wanted.
+
+Most cases ask `plan`, or the part of it that judges drafts, which start nothing; the command line itself runs
+where the process matters.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from onlinespec.config import Config
+from onlinespec.draft.checkpoint import write_draft
+from onlinespec.draft.fresh import build_fresh_draft
+from onlinespec.errors import OnlinespecError, SiteError, StartError
+from onlinespec.launch import read_launch
+from onlinespec.paths import RunPaths
+from onlinespec.plugin.sites import installed_sglang
+from onlinespec.provision import provision_draft
+from onlinespec.serve import Plan, plan
+from onlinespec.versions.journal import Journal, ServerStarted
+from tests.draft.tiny import build_draft, write_target
+
+TIMEOUT_S = 120.0
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target of 8 layers, 29 tokens and width 16."""
+    return write_target(tmp_path_factory.mktemp("models") / "target")
+
+
+@pytest.fixture
+def draft(target: Path, tmp_path: Path) -> Path:
+    """A draft that fits the target."""
+    write_draft(tmp_path / "draft", *build_fresh_draft(target, seed=0))
+    return tmp_path / "draft"
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def ask(target: Path, port: int, tmp_path: Path) -> Callable[..., Plan]:
+    """`plan` for that target, on a free port, with what is given changed."""
+
+    def ask_plan(*flags: str, draft: Path | str = "init", model: Path = target, run: str = "run") -> Plan:
+        return plan(str(model), str(draft), tmp_path / run, Config(), ["--port", str(port), *flags])
+
+    return ask_plan
+
+
+def edit_json(folder: Path, old: str, new: str) -> None:
+    text = (folder / "config.json").read_text()
+    assert old in text
+    (folder / "config.json").write_text(text.replace(old, new))
+
+
+def truncate(folder: Path) -> None:
+    file = folder / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def change_weights(folder: Path, **changes: torch.Tensor | None) -> None:
+    weights = load_file(folder / WEIGHTS) | changes
+    save_file({name: tensor for name, tensor in weights.items() if tensor is not None}, folder / WEIGHTS)
+
+
+def other_shape(folder: Path, **changes: int) -> None:
+    """A draft that is sound and made for another target."""
+    other = build_draft(**changes)
+    write_draft(folder, other.config, other.weights())
+
+
+WRONG_DRAFTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "another width": (
+        lambda folder: other_shape(folder, hidden_size=8, target_hidden_size=8),
+        ("target_hidden_size is 8", "wanted the target's 16", "--draft init"),
+    ),
+    "another vocabulary": (
+        lambda folder: other_shape(folder, vocab_size=31, draft_vocab_size=31),
+        ("vocab_size is 31", "wanted the target's 29", "--draft init"),
+    ),
+    "layers that the target has not": (
+        lambda folder: other_shape(folder, aux_layers=(1, 4, 9)),
+        ("eagle_aux_hidden_state_layer_ids is [1, 4, 9]", "3 distinct layers from -1 to 6", "of 8"),
+    ),
+    "a context below the server's": (
+        lambda folder: other_shape(folder, max_position_embeddings=64),
+        ("max_position_embeddings is 64", "serving context of 128 tokens", "--context-length 64"),
+    ),
+    "EAGLE": (
+        lambda folder: edit_json(folder, "LlamaForCausalLMEagle3", "LlamaForCausalLMEagle"),
+        ("architectures is ['LlamaForCausalLMEagle'] (EAGLE, not EAGLE-3)", "wanted ['LlamaForCausalLMEagle3']"),
+    ),
+    "no draft vocabulary": (
+        lambda folder: edit_json(folder, '"draft_vocab_size": 29,', ""),
+        ("draft_vocab_size is missing, wanted 29",),
+    ),
+    "a truncated file": (truncate, (WEIGHTS, "truncated: found ", "wants ")),
+    "no file": (lambda folder: (folder / WEIGHTS).unlink(), (WEIGHTS, "no such file")),
+    "the target's embedding table": (
+        lambda folder: change_weights(folder, **{"embed_tokens.weight": torch.zeros(29, 16)}),
+        ("holds embed_tokens.weight", "remove it"),
+    ),
+    "a tensor missing": (
+        lambda folder: change_weights(folder, **{"fc.weight": None}),
+        ("fc.weight is missing", "export the draft again"),
+    ),
+    "a tensor of another shape": (
+        lambda folder: change_weights(folder, **{"fc.weight": torch.zeros(16, 32)}),
+        ("fc.weight has shape [16, 32]", "wants [16, 48]"),
+    ),
+    "a value that is not finite": (
+        lambda folder: change_weights(folder, **{"norm.weight": torch.full((16,), torch.nan)}),
+        ("norm.weight holds 16 values that are not finite", "wanted none"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "told"), WRONG_DRAFTS.values(), ids=WRONG_DRAFTS.keys())
+def test_a_draft_that_cannot_be_served_is_refused_and_no_version_is_made_of_it(
+    target: Path, draft: Path, tmp_path: Path, spoil: Callable[[Path], object], told: tuple[str, ...]
+):
+    spoil(draft)
+    paths = RunPaths(tmp_path / "run")
+    paths.create()
+
+    with pytest.raises(OnlinespecError) as caught:
+        provision_draft(target, str(draft), paths, context_tokens=0, seed=0)
+
+    message = str(caught.value)
+    assert message.startswith(str(draft))
+    assert all(part in message for part in told), message
+    assert "\n" not in message
+    assert not list(paths.versions.glob("0*"))
+    assert not paths.journal.exists()
+
+
+@pytest.mark.parametrize("given", ["init", "draft"])
+def test_a_draft_that_fits_becomes_version_1_and_the_server_is_told_to_load_it(ask, draft: Path, given: str):
+    made = ask("--context-length", "100", draft=draft if given == "draft" else "init")
+
+    launch = read_launch(made.paths.root)
+    assert launch == made.launch
+    assert (launch.version, launch.max_context_tokens, launch.num_draft_steps) == (1, 100, 3)
+    flags = dict(zip(made.command, made.command[1:], strict=False))
+    assert flags["--speculative-draft-model-path"] == str(made.paths.version(1)) == launch.draft
+    assert (flags["--speculative-algorithm"], flags["--speculative-num-draft-tokens"]) == ("EAGLE3", "4")
+    assert flags["--context-length"] == "100"
+    assert made.environment["ONLINESPEC_RUN_DIR"] == str(made.paths.root)
+    assert load_file(made.paths.version(1) / WEIGHTS).keys() == load_file(draft / WEIGHTS).keys()
+    assert any("untrained draft" in notice for notice in made.notices) == (given == "init")
+
+
+def test_a_run_directory_resumes_on_its_incumbent_and_says_that_the_draft_is_not_read(ask, draft: Path):
+    first = ask(draft="init")
+    Journal(first.paths).append(ServerStarted(time_s=1.0, version=1))
+
+    again = ask(draft=draft)
+
+    assert again.launch.version == 1
+    assert len(list(again.paths.versions.glob("0*"))) == 1
+    assert any("resuming draft version 1" in notice for notice in again.notices)
+
+
+def test_settings_without_an_accept_walk_are_planned_without_capture_and_said(ask):
+    made = ask("--speculative-eagle-topk", "4")
+
+    assert made.launch.capture_refused.startswith("--speculative-eagle-topk 4")
+    assert f"serving without capture: {made.launch.capture_refused}" in made.notices
+
+
+def test_a_port_that_is_taken_is_refused_by_its_number(ask):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        number = taken.getsockname()[1]
+
+        with pytest.raises(StartError, match=rf"127\.0\.0\.1:{number}: Address already in use; choose another --port"):
+            ask("--port", str(number))
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--port", "70000"], "--port is 70000, wanted 0 to 65535"),
+        (["--port", "http"], "--port http: wanted a whole number"),
+        (["--enable-dp-attention"], "--enable-dp-attention: DP attention is not supported"),
+        (["--speculative-eagle-topk", "many"], "--speculative-eagle-topk many: wanted a whole number"),
+    ],
+)
+def test_a_flag_that_cannot_be_served_is_refused_by_name(ask, flags: list[str], told: str):
+    with pytest.raises(StartError, match=f"^{told}"):
+        ask(*flags)
+
+
+def test_a_model_that_is_not_there_is_refused_by_its_path(ask, tmp_path: Path):
+    with pytest.raises(StartError, match=r"^model /.*/absent: no such directory.*give the path of a model directory$"):
+        ask(model=tmp_path / "absent")
+
+
+def test_a_directory_that_is_no_model_is_refused(ask, tmp_path: Path):
+    with pytest.raises(OnlinespecError, match=r"config\.json: no such file; give a model directory"):
+        ask(model=tmp_path)
+
+
+def test_a_target_too_shallow_for_a_fresh_draft_is_refused(ask, tmp_path: Path):
+    shallow = write_target(tmp_path / "shallow", num_hidden_layers=4)
+
+    with pytest.raises(OnlinespecError, match=r"num_hidden_layers is 4, wanted at least 7"):
+        ask(model=shallow)
+
+
+def test_a_run_directory_too_deep_for_a_socket_is_refused(ask, tmp_path: Path):
+    with pytest.raises(StartError, match=r"socket path .* more than the 100 .*; give a shorter --run-dir"):
+        ask(run="d" * 100)
+
+    assert not (tmp_path / ("d" * 100)).exists()
+
+
+def test_a_run_directory_of_another_target_is_refused(ask, tmp_path: Path):
+    first = ask(draft="init")
+    Journal(first.paths).append(ServerStarted(time_s=1.0, version=1))
+    other = write_target(tmp_path / "other", seed=1)
+
+    with pytest.raises(OnlinespecError, match=r"version 1 was trained for target .*start with a new run directory"):
+        ask(model=other)
+
+
+def test_an_sglang_of_another_version_is_refused_with_the_one_that_is_known(
+    ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    known = installed_sglang()
+    metadata = tmp_path / "path" / "sglang-0.4.9.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 0.4.9\n")
+    monkeypatch.syspath_prepend(metadata.parents[1])
+
+    with pytest.raises(SiteError, match=rf"^SGLang 0\.4\.9 is installed; onlinespec .* knows .*{known}.*: install one"):
+        ask()
+
+    assert not (tmp_path / "run").exists()
+
+
+def serve(*arguments: str) -> tuple[int, list[str], set[str]]:
+    """Run the command line: its status, its lines on stderr, and the modules it imported.
+
+    In a process group of its own that is killed at the end, so that a refusal that failed leaves no server behind.
+    """
+    command = [sys.executable, "-X", "importtime", "-m", "onlinespec.cli", "serve", *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            _, errors = process.communicate(timeout=TIMEOUT_S)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    lines = errors.splitlines()
+    imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+    return process.returncode, [line for line in lines if not line.startswith("import time:")], imported
+
+
+def test_the_command_line_refuses_an_unknown_key_in_one_line_and_with_status_1(target: Path, tmp_path: Path):
+    config = tmp_path / "mine.yaml"
+    config.write_text("gate:\n  gamma: 1\n")
+
+    status, errors, imported = serve(str(target), "--draft", "init", "--config", str(config))
+
+    assert (status, len(errors)) == (1, 1)
+    assert errors[0].startswith(f"error: {config}: unknown key gate.gamma")
+    assert "onlinespec.config" in imported
+    assert "sglang" not in imported
+
+
+def test_the_command_line_refuses_a_draft_without_importing_sglang(
+    target: Path, draft: Path, tmp_path: Path, port: int
+):
+    change_weights(draft, **{"embed_tokens.weight": torch.zeros(29, 16)})
+
+    status, errors, imported = serve(
+        str(target), "--draft", str(draft), "--run-dir", str(tmp_path / "run"), "--port", str(port)
+    )
+
+    assert (status, len(errors)) == (1, 1)
+    assert errors[0].startswith(f"error: {draft / WEIGHTS}: holds embed_tokens.weight")
+    assert "onlinespec.serve" in imported
+    assert not {name for name in imported if name.partition(".")[0] == "sglang"}

@@ -1,0 +1,265 @@
+"""The version store: atomic publication, damage, retention, concurrent publishers, crashes."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from onlinespec.errors import VersionError
+from onlinespec.paths import RunPaths
+from onlinespec.versions.journal import Journal, Promoted, ServerStarted
+from onlinespec.versions.manifest import Provenance
+from onlinespec.versions.store import VersionStore
+
+PROVENANCE = Provenance(optimizer_steps=30, answer_tokens=4000, seed=0, tenants=("a", "b"))
+
+CHILD = """
+import sys, time
+from onlinespec.paths import RunPaths
+from onlinespec.versions.manifest import Provenance
+from onlinespec.versions.store import VersionStore
+
+def publish(store, write_files):
+    provenance = Provenance(optimizer_steps=1, answer_tokens=1, seed=0, tenants=())
+    return store.publish(write_files, parent=None, target_digest="t", provenance=provenance, created_s=0.0)
+
+store = VersionStore(RunPaths(sys.argv[1]))
+"""
+DYING = (
+    CHILD
+    + """
+def write_files(directory):
+    (directory / "model.safetensors").write_bytes(b"half a file")
+    print("writing", flush=True)
+    time.sleep(600)
+
+publish(store, write_files)
+"""
+)
+BUSY = (
+    CHILD
+    + """
+for number in range(15):
+    text = f"{sys.argv[2]} {number}".encode()
+    print(publish(store, lambda path: (path / "model.safetensors").write_bytes(text)).version, flush=True)
+"""
+)
+
+
+@pytest.fixture
+def paths(tmp_path):
+    return RunPaths(tmp_path / "run")
+
+
+def publish(store, weights=b"weights", parent=None, target_digest="target", verdict=None):
+    def write_files(directory):
+        (directory / "model.safetensors").write_bytes(weights)
+        (directory / "config.json").write_text("{}")
+
+    return store.publish(
+        write_files,
+        parent=parent,
+        target_digest=target_digest,
+        provenance=PROVENANCE,
+        created_s=12.5,
+        verdict=verdict,
+    )
+
+
+def test_a_published_version_says_what_it_is(paths):
+    store = VersionStore(paths)
+    first = publish(store)
+    second = publish(store, b"better", parent=1, verdict={"decision": "promote"})
+
+    assert (first.version, second.version) == (1, 2)
+    assert second.digest == hashlib.sha256(b"better").hexdigest()
+    assert (second.parent, second.parent_digest) == (1, first.digest)
+    assert store.manifest(2) == second == store.verify(2)
+    assert store.numbers() == (1, 2)
+    assert store.latest() == 2
+    assert sorted(os.listdir(paths.version(2))) == ["config.json", "manifest.json", "model.safetensors"]
+
+
+def test_the_manifest_on_disk_is_indented_json(paths):
+    publish(VersionStore(paths))
+
+    text = (paths.version(1) / "manifest.json").read_text()
+
+    assert '\n  "version": 1,' in text
+    assert json.loads(text)["provenance"]["tenants"] == ["a", "b"]
+
+
+def test_an_empty_store_has_no_versions(paths):
+    store = VersionStore(paths)
+
+    assert store.numbers() == ()
+    assert store.latest() is None
+    assert store.retain(1, ()) == ()
+    assert not paths.root.exists()
+
+
+def test_a_version_that_is_not_there_is_an_error_that_says_what_is(paths):
+    store = VersionStore(paths)
+    publish(store)
+
+    with pytest.raises(VersionError, match=r"version 7 is not in .*it holds 1"):
+        store.manifest(7)
+    with pytest.raises(VersionError, match="version 7"):
+        publish(store, parent=7)
+
+
+def test_changed_weights_do_not_verify(paths):
+    store = VersionStore(paths)
+    manifest = publish(store)
+    (paths.version(1) / "model.safetensors").write_bytes(b"weighty")
+
+    with pytest.raises(VersionError, match=manifest.digest):
+        store.verify(1)
+
+
+def test_missing_weights_do_not_verify(paths):
+    store = VersionStore(paths)
+    publish(store)
+    (paths.version(1) / "model.safetensors").unlink()
+
+    with pytest.raises(VersionError, match=r"model\.safetensors"):
+        store.verify(1)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"version": "one"}'])
+def test_a_damaged_manifest_is_an_error_that_names_the_file(paths, text):
+    store = VersionStore(paths)
+    publish(store)
+    (paths.version(1) / "manifest.json").write_text(text)
+
+    with pytest.raises(VersionError, match=r"manifest\.json"):
+        store.manifest(1)
+
+
+def test_a_manifest_of_another_number_is_refused(paths):
+    store = VersionStore(paths)
+    publish(store)
+    paths.version(1).rename(paths.version(5))
+
+    with pytest.raises(VersionError, match="says version 1"):
+        store.manifest(5)
+
+
+def test_a_writer_that_raises_leaves_the_store_as_it_was(paths):
+    store = VersionStore(paths)
+    publish(store)
+
+    def fail(directory):
+        (directory / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(VersionError, match="No space left"):
+        store.publish(fail, parent=None, target_digest="t", provenance=PROVENANCE, created_s=0.0)
+    with pytest.raises(ZeroDivisionError):
+        store.publish(lambda _: 1 / 0, parent=None, target_digest="t", provenance=PROVENANCE, created_s=0.0)
+
+    assert sorted(os.listdir(paths.versions)) == [".lock", "000001"]
+
+
+def test_a_version_without_weights_is_refused(paths):
+    store = VersionStore(paths)
+
+    with pytest.raises(VersionError, match=r"no model\.safetensors"):
+        store.publish(lambda _: None, parent=None, target_digest="t", provenance=PROVENANCE, created_s=0.0)
+
+    assert store.numbers() == ()
+
+
+def test_a_publisher_killed_in_the_middle_leaves_nothing_but_what_the_next_open_removes(paths):
+    publish(VersionStore(paths))
+    child = subprocess.Popen([sys.executable, "-c", DYING, str(paths.root)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "writing\n"
+
+    # While it lives, others open the store and publish, and leave its work alone.
+    assert publish(VersionStore(paths)).version == 2
+    assert len(list(paths.versions.glob(".publishing-*"))) == 1
+
+    child.send_signal(signal.SIGKILL)
+    child.wait(30)
+    child.stdout.close()
+    assert len(list(paths.versions.glob(".publishing-*"))) == 1
+    store = VersionStore(paths)
+
+    assert list(paths.versions.glob(".publishing-*")) == []
+    assert store.numbers() == (1, 2)
+    assert publish(store).version == 3
+
+
+def test_concurrent_publishers_get_different_numbers(paths):
+    children = [
+        subprocess.Popen([sys.executable, "-c", BUSY, str(paths.root), name], stdout=subprocess.PIPE, text=True)
+        for name in ("one", "two")
+    ]
+
+    outputs = [child.communicate(timeout=60)[0] for child in children]
+
+    numbers = [[int(line) for line in output.split()] for output in outputs]
+    assert [child.returncode for child in children] == [0, 0]
+    assert sorted(numbers[0] + numbers[1]) == list(range(1, 31))
+    store = VersionStore(paths)
+    for name, versions in zip(("one", "two"), numbers, strict=True):
+        for count, version in enumerate(versions):
+            assert store.verify(version).version == version
+            assert (paths.version(version) / "model.safetensors").read_text() == f"{name} {count}"
+
+
+def test_retention_keeps_the_newest_and_the_protected(paths):
+    store = VersionStore(paths)
+    for _ in range(6):
+        publish(store)
+
+    deleted = store.retain(2, {2, 99})
+
+    assert deleted == (1, 3, 4)
+    assert store.numbers() == (2, 5, 6)
+    assert publish(store).version == 7
+
+
+def test_a_removal_that_a_crash_cut_short_is_finished_by_the_next_open(paths):
+    publish(VersionStore(paths))
+    publish(VersionStore(paths))
+    paths.version(1).rename(paths.versions / ".removing-000001")
+
+    store = VersionStore(paths)
+
+    assert store.numbers() == (2,)
+    assert sorted(os.listdir(paths.versions)) == [".lock", "000002"]
+
+
+def test_a_restart_resumes_from_the_journals_incumbent(paths):
+    store, journal = VersionStore(paths), Journal(paths)
+    publish(store)
+    publish(store, b"better", parent=1)
+    assert store.incumbent_for("target") is None
+
+    journal.append(ServerStarted(time_s=1.0, version=1))
+    journal.append(Promoted(time_s=2.0, version=2, from_version=1, by="gate"))
+
+    assert store.incumbent_for("target").version == 2
+
+
+def test_an_incumbent_of_another_target_is_refused_with_both_digests_and_the_way_out(paths):
+    store = VersionStore(paths)
+    publish(store, target_digest="old-target")
+    Journal(paths).append(ServerStarted(time_s=1.0, version=1))
+
+    with pytest.raises(VersionError, match=r"old-target.*new-target.*new run directory"):
+        store.incumbent_for("new-target")
+
+
+def test_an_incumbent_that_is_gone_is_an_error(paths):
+    store = VersionStore(paths)
+    publish(store)
+    Journal(paths).append(ServerStarted(time_s=1.0, version=4))
+
+    with pytest.raises(VersionError, match="version 4 is not in"):
+        store.incumbent_for("target")
