@@ -82,7 +82,7 @@ def demo(
     run_dir: Annotated[
         Path | None, typer.Option("--run-dir", help="Where to work; a new one under runs/ if left out.")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Answer tokens per phase.", min=1000)] = 30_000,
+    tokens: Annotated[int, typer.Option(help="Answer tokens per phase.", min=1000)] = 50_000,
 ) -> None:
     """Serve the demo world, shift its traffic half-way, and show what the draft learns."""
     from onlinespec.demo.run import run_demo

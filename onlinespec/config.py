@@ -76,6 +76,8 @@ class TrainerConfig(Section, frozen=True):
     """peak learning rate of the matrices (Muon)"""
     adamw_lr: PositiveFloat = 2e-3
     """peak learning rate of norms, embeddings and lm_head (AdamW)"""
+    ema_decay: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.95
+    """candidates are an exponential moving average of the weights over about 1 / (1 - ema_decay) steps; 0 for none"""
     warmup_steps: NonNegative = 5
     """optimizer steps of linear warm-up"""
     clip_norm: PositiveFloat = 1.0
@@ -107,8 +109,8 @@ class GateConfig(Section, frozen=True):
     """held-out requests after which an undecided candidate is dropped for a newer one"""
     futility_requests: Positive = 24
     """held-out requests after which a candidate whose mean gain is not above min_gain_tokens is dropped"""
-    stall_requests: Positive = 16
-    """held-out requests without growth of the evidence after which a candidate gives way to a newer one"""
+    stall_requests: Positive = 24
+    """last held-out requests whose pace must promise a promotion within max_requests; else a newer candidate goes on"""
     max_missing_frac: Fraction = 0.5
     """share of prompt rows a judged request may lack (a prefix cached before the sidecar started)"""
     max_race_s: PositiveFloat = 3600.0

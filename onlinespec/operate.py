@@ -39,12 +39,12 @@ def roll_back(root: Path, to: int | None) -> str:
     read_launch(root)
     paths = RunPaths(root)
     journal, store = Journal(paths), VersionStore(paths)
+    control = ControlClient(paths.control_endpoint)
+    control.request(GetStatus(), timeout_s=10.0)
     with journal.decision():
         event = rollback_from(state_of(journal.read()), to, "operator", time.time())
         manifest = store.verify(event.to_version)
-        ack = ControlClient(paths.control_endpoint).acknowledged(
-            Swap(manifest.version, str(paths.version(manifest.version)), manifest.digest)
-        )
+        ack = control.acknowledged(Swap(manifest.version, str(paths.version(manifest.version)), manifest.digest))
         if not ack.is_ok:
             raise SwapError(f"the server refused version {manifest.version}: {ack.message}")
         journal.append(event)

@@ -36,6 +36,11 @@ class RunPaths:
         return self.root / "launch.json"
 
     @property
+    def serve_lock(self) -> Path:
+        """Held for a server's life: one run directory, one server."""
+        return self.root / "serve.lock"
+
+    @property
     def versions(self) -> Path:
         return self.root / "versions"
 

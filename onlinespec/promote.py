@@ -34,11 +34,12 @@ from onlinespec.versions.journal import (
     Published,
     RaceStarted,
     SwapFailed,
+    rollback_from,
     state_of,
 )
 from onlinespec.versions.manifest import Provenance
 from onlinespec.versions.store import VersionStore
-from onlinespec.wire.messages import Swap
+from onlinespec.wire.messages import GetHello, Hello, Swap
 from onlinespec.wire.sockets import ControlClient
 
 
@@ -63,7 +64,6 @@ class Promoter:
         control: ControlClient,
         embed_VD: torch.Tensor,
         was_trained_on: Callable[[tuple[int, ...]], bool],
-        served_version: int,
     ):
         self.race: Race | None = None
         self.has_moved = False
@@ -85,18 +85,26 @@ class Promoter:
         self.version = 0
         self.draft_config: DraftConfig
         self._incumbent: Draft
-        self._reconcile(served_version)
+        self._reconcile()
         self.sync()
         self.has_moved = False
 
-    def _reconcile(self, served_version: int) -> None:
-        """A crash between the server's ack and the journal's line: the server is right."""
+    def _reconcile(self) -> None:
+        """A crash between the server's ack and the journal's line: the server is right, and is asked under the lock."""
         with self._journal.decision():
-            state = state_of(self._journal.read())
-            if state.incumbent not in (None, served_version):
-                self._journal.append(
-                    Promoted(time_s=time.time(), version=served_version, from_version=state.incumbent, by="gate")
-                )
+            hello = self._control.request(GetHello())
+            assert isinstance(hello, Hello), hello
+            events = self._journal.read()
+            state = state_of(events)
+            if state.incumbent in (None, hello.version):
+                return
+            published = [event.version for event in events if isinstance(event, Published)]
+            settled = {event.version for event in events if isinstance(event, Promoted | SwapFailed)}
+            if hello.version == published[-1] and hello.version not in settled:
+                event = Promoted(time_s=time.time(), version=hello.version, from_version=state.incumbent, by="gate")
+                self._journal.append(event)
+            else:
+                self._journal.append(rollback_from(state, hello.version, "operator", time.time()))
 
     def sync(self) -> None:
         """Follow the journal: where another hand changed the version in service, its weights are the shadow now."""
@@ -168,10 +176,13 @@ class Promoter:
             self._conclude(self.race.withdraw(f"undecided after {limit_s:.0f} s", now_s=now_s))
 
     def give_way(self, now_s: float) -> None:
-        """Drop a candidate whose evidence has stopped growing: a newer one waits."""
+        """Drop a candidate that will not make it at its present pace: a newer one waits."""
         if self.race is not None and self.race.is_stalled:
-            said = f"no growth of the evidence over the last {self._config.gate.stall_requests} held-out requests"
-            self._conclude(self.race.withdraw(f"{said}; a newer candidate takes its place", now_s=now_s))
+            gate = self._config.gate
+            pace = f"the pace of the last {gate.stall_requests} held-out requests promises no promotion"
+            self._conclude(
+                self.race.withdraw(f"{pace} within {gate.max_requests}; a newer candidate goes on", now_s=now_s)
+            )
 
     def _conclude(self, verdict: Verdict) -> None:
         candidate, self._candidate, self.race = self._candidate, None, None

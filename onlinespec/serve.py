@@ -8,6 +8,7 @@ the end, and its status is ours.
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from onlinespec.errors import StartError, WireError
 from onlinespec.launch import Launch, write_launch
 from onlinespec.paths import RunPaths
 from onlinespec.plugin.entry import RUN_DIR_VARIABLE
-from onlinespec.plugin.sites import check_sites
+from onlinespec.plugin.sites import check_sites, load_sites
 from onlinespec.provision import Provision, provision_draft, resolve_model
 from onlinespec.support import ServerFlags, capture_refusal, parse_flags, refuse_unsupported
 from onlinespec.versions.journal import Journal, ServerStarted
@@ -63,25 +64,49 @@ def plan(model: str, draft: str, run_dir: Path, config: Config, sglang_flags: Se
     _check_port(host, port)
     target = resolve_model(model)
     paths.create()
-    provision = provision_draft(target, draft, paths, flags.integer("--context-length", 0), config.trainer.seed)
-    launch = Launch(
-        model=str(target),
-        draft=str(provision.path),
-        version=provision.version,
-        target_digest=provision.target_digest,
-        host=host,
-        port=port,
-        num_draft_steps=flags.integer("--speculative-num-steps", 3),
-        max_context_tokens=provision.max_context_tokens,
-        serve_pid=os.getpid(),
-        capture_refused=capture_refusal(flags),
-    )
-    paths.resolved_config.write_text(dump_config(config))
-    write_launch(paths, launch)
+    with holding(paths):
+        provision = provision_draft(target, draft, paths, flags.integer("--context-length", 0), config.trainer.seed)
+        launch = Launch(
+            model=str(target),
+            draft=str(provision.path),
+            version=provision.version,
+            target_digest=provision.target_digest,
+            host=host,
+            port=port,
+            num_draft_steps=flags.integer("--speculative-num-steps", 3),
+            max_context_tokens=provision.max_context_tokens,
+            serve_pid=os.getpid(),
+            capture_refused=capture_refusal(flags),
+        )
+        paths.resolved_config.write_text(dump_config(config))
+        write_launch(paths, launch)
     notices = [*provision.notices]
     if launch.capture_refused:
         notices.append(f"serving without capture: {launch.capture_refused}")
     return Plan(config, paths, launch, _command(launch, flags, provision), _environment(paths, flags), notices)
+
+
+@contextlib.contextmanager
+def holding(paths: RunPaths) -> Iterator[None]:
+    """Keep every other server out of a run directory meanwhile; the lock dies with the process.
+
+    Raises: StartError where another server lives in it.
+    """
+    descriptor = os.open(paths.serve_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(descriptor, 32).decode() or "unknown"
+            raise StartError(
+                f"{paths.root} is the run directory of a running server (process {holder});"
+                " give another --run-dir, or stop it"
+            ) from error
+        os.truncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _check_port(host: str, port: int) -> None:
@@ -146,6 +171,10 @@ class Supervisor:
 
     def run(self) -> int:
         """Start, watch, stop. Raises: StartError where the server never became ours."""
+        with holding(self._plan.paths):
+            return self._run()
+
+    def _run(self) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note_signal)
         for notice in self._plan.notices:
@@ -184,6 +213,11 @@ class Supervisor:
                         f" 'Failed to apply hooks' in its log above: {error}"
                     ) from error
                 assert isinstance(reply, Hello)
+                if missing := [site.name for site in load_sites(reply.sglang_version) if site.name not in reply.sites]:
+                    raise StartError(
+                        f"SGLang did not attach the hook at site {missing[0]}; its log above says why"
+                        " ('Failed to apply hooks')"
+                    )
                 return reply
             if time.monotonic() > deadline_s:
                 raise StartError(

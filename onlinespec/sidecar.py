@@ -29,14 +29,17 @@ from onlinespec.trainer.assemble import Assembler
 from onlinespec.trainer.buffer import Buffer
 from onlinespec.trainer.prefix import PrefixRows
 from onlinespec.trainer.step import Trainer
+from onlinespec.versions.durable import sync_path
 from onlinespec.versions.manifest import Provenance
-from onlinespec.wire.messages import GetHello, Heartbeat, Hello, RequestEnded, RequestStarted, Rows
+from onlinespec.wire.messages import GetHello, Heartbeat, Hello, RequestEnded, RequestStarted, Rows, SampleMessage
 from onlinespec.wire.sockets import ControlClient, SampleReceiver
 
 _NICE = 10
 _KEY_BYTES = 32
 _MAX_TRAINED_ANSWERS = 200_000
 _MAX_CREDIT_STEPS = 4.0
+_MAX_TENANTS = 1000
+_RECEIVE_SLICE_S = 0.25
 _STATUS_S = 1.0
 
 
@@ -72,7 +75,6 @@ class Sidecar:
             self._control,
             embed_VD,
             lambda key: hash(key) in self._trained_answers,
-            hello.version,
         )
         weights = self.promoter.incumbent_weights()
         self.trainer = Trainer(self._config.trainer, self.promoter.draft_config, weights, embed_VD)
@@ -114,24 +116,34 @@ class Sidecar:
         self._is_stopped = True
 
     def _receive(self, timeout_s: float) -> None:
-        """Take everything that waits; wait for the first message only. A damaged message is counted and dropped."""
+        """Take what waits, for a slice of time; wait for the first message only."""
+        until_s = time.monotonic() + _RECEIVE_SLICE_S
+        while not self._is_stopped and time.monotonic() < until_s:
+            message = self._next_message(timeout_s)
+            if message is None:
+                return
+            self._handle(message)
+            timeout_s = 0.0
+
+    def _next_message(self, timeout_s: float) -> SampleMessage | None:
+        """The next one, its rows already filed; a damaged one is counted and dropped. None where none came."""
         while True:
             try:
                 received = self._receiver.receive(timeout_s)
                 if received is None:
-                    return
-                self._handle(*received)
+                    return None
+                message, frames = received
+                if isinstance(message, Rows):
+                    self._assembler.rows(message, frames)
+                return message
             except WireError as error:
                 self.counters["damaged_messages"] += 1
                 print(f"onlinespec sidecar: dropped a message: {error}", file=sys.stderr, flush=True)
-            timeout_s = 0.0
 
-    def _handle(self, message: object, frames: list[memoryview]) -> None:
+    def _handle(self, message: SampleMessage) -> None:
         match message:
             case RequestStarted():
                 self._assembler.start(message)
-            case Rows():
-                self._assembler.rows(message, frames)
             case RequestEnded():
                 self.counters["verify_steps"] += message.num_verify_steps
                 self.counters["correct_drafts"] += message.num_correct_drafts
@@ -155,7 +167,7 @@ class Sidecar:
             return
         self.counters["training_samples"] += 1
         self.counters["training_tokens"] += sample.num_answer_tokens
-        self._tenants.add(sample.tenant)
+        self._tenants.add(sample.tenant if len(self._tenants) < _MAX_TENANTS else "(more)")
         self._trained_answers[hash(sample.answer_key)] = None
         if len(self._trained_answers) > _MAX_TRAINED_ANSWERS:
             self._trained_answers.popitem(last=False)
@@ -220,6 +232,7 @@ class Sidecar:
         }
         temporary = self._paths.trainer_state.with_suffix(".tmp")
         torch.save(state, temporary)
+        sync_path(temporary)
         temporary.rename(self._paths.trainer_state)
 
     def _report(self) -> None:

@@ -17,7 +17,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
     "paths": set(),
-    "world": set(),
     "cpu": set(),
     "config": {"errors"},
     "wire": {"errors"},
@@ -25,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "launch": {"errors", "paths"},
     "draft": {"errors"},
     "trainer": {"errors", "config", "wire", "draft"},
+    "world": {"cpu", "trainer"},
     "gate": {"errors", "config"},
     "versions": {"errors", "paths"},
     "plugin": {"errors", "config", "paths", "wire", "launch", "draft"},
@@ -38,7 +38,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"errors", "config", "serve", "operate", "bench", "demo"},
 }
 # Rooms that import SGLang, and their modules that do not and may be imported from outside.
-DOORS = {"plugin": {"onlinespec.plugin.entry", "onlinespec.plugin.sites"}, "cpu": {"onlinespec.cpu.settings"}}
+DOORS = {
+    "plugin": {"onlinespec.plugin.entry", "onlinespec.plugin.sites"},
+    "cpu": {"onlinespec.cpu.settings", "onlinespec.cpu.torchvision_ops"},
+}
 # Modules with imports inside functions, and what they may import there.
 LAZY = {"onlinespec.cli": {"onlinespec", "rich"}, "onlinespec.plugin.entry": {"onlinespec"}}
 LAZY["onlinespec.provision"] = {"huggingface_hub"}

@@ -27,7 +27,7 @@ def rolling_accept_length(records: Sequence[Record]) -> list[float]:
 
 def plot(records: Sequence[Record], events: Sequence[AnyEvent], max_accept_length: int, path: Path) -> None:
     """Draw it. Repeated and failed answers are left out, as in the summary."""
-    shown = [record for record in records if not record.is_repeat and not record.answer.error]
+    shown = [record for record in records if not record.is_repeat and record.answer.chunk_s]
     to_wall_s = time.time() - time.monotonic()
     ends_s = [record.answer.chunk_s[-1] + to_wall_s for record in shown]
     figure, axes = plt.subplots(figsize=(10, 4.5), constrained_layout=True)
@@ -51,7 +51,7 @@ def plot(records: Sequence[Record], events: Sequence[AnyEvent], max_accept_lengt
     )
     axes.set_title("A draft that learns from the server's own traffic")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="upper left", fontsize=8, ncols=4)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -123,5 +123,6 @@ def checks(result: Result) -> list[Check]:
         Check(f"fell at the shift: {shifted:.2f}, wanted below {learned:.2f}", shifted < learned),
         Check(f"learned the new domain: {recovered:.2f}, wanted {SHIFT_GOAL}", recovered >= SHIFT_GOAL),
         Check(f"{result.promotions} promoted swaps, wanted {MIN_SWAPS}", result.promotions >= MIN_SWAPS),
+        Check(f"{result.rollbacks} of 2 swaps by rollback and its undoing", result.rollbacks == 2),
         Check(f"{result.num_failed} failed requests, wanted 0", result.num_failed == 0),
     ]

@@ -82,7 +82,7 @@ class Screen:
 def final(result: Result, found: Sequence[Check]) -> RenderableType:
     """The summary table and the checks."""
     swaps = (
-        f"{result.promotions} promotions, {result.rollbacks} rollbacks (one undone); verdicts: "
+        f"{result.promotions} promotions, {result.rollbacks} by rollback and its undoing; verdicts: "
         + ", ".join(f"{count} {decision}" for decision, count in result.verdicts.items())
         + f"; held-out share {result.holdout_frac:.0%}, a candidate every {result.candidate_steps} trainer steps"
     )

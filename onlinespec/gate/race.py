@@ -74,11 +74,16 @@ class Race:
 
     @property
     def is_stalled(self) -> bool:
-        """The evidence has not grown over the last `stall_requests`: the traffic moved on, or there is no gain.
+        """At the pace of the last `stall_requests` the race would not be won within `max_requests`.
 
-        A reason to make room for a newer candidate, never one to promote: dropping is always allowed.
+        The traffic moved on, or there is little gain. A reason to make room for a newer candidate, never one to
+        promote: dropping is always allowed.
         """
-        return len(self._wealth) == self._wealth.maxlen and self._wealth[-1] <= self._wealth[0]
+        if len(self._wealth) < self._config.stall_requests + 1:
+            return False
+        pace = (self._wealth[-1] - self._wealth[0]) / self._config.stall_requests
+        missing = -math.log(self.alpha) - self._wealth[-1]
+        return pace * (self._config.max_requests - self.num_requests) < missing
 
     @property
     def mean_gain_tokens(self) -> float:

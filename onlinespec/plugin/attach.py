@@ -11,7 +11,7 @@ from onlinespec.plugin.sites import check_sites
 def attach(root: str) -> Runtime:
     """Check every site, then register. Raises: SiteError where one is missing or changed."""
     sites = check_sites()
-    runtime = Runtime(Path(root), [site.name for site in sites])
+    runtime = Runtime(Path(root), sites)
     hooks = {
         "forward": runtime.around_forward,
         "sampler": runtime.before_sampler,

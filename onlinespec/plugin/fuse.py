@@ -31,8 +31,10 @@ class Fuse:
             return "closed"
         return "half-open" if self._clock() - self._opened_s >= self._retry_s else "open"
 
-    def run(self, function: Callable[..., Any], *args: Any, is_vital: bool = False) -> Any:
+    def run(self, function: Callable[..., Any], *args: Any, is_vital: bool = False, is_last: bool = False) -> Any:
         """Call it; None where it raised, or where the fuse is open and it is not vital.
+
+        A pass is several calls; only the clean end of its last one closes a half-open fuse.
 
         Vital is what answers control requests: it runs while the fuse is open, and its faults are
         counted without opening it.
@@ -45,7 +47,7 @@ class Fuse:
         except Exception as error:  # the house's only one: the server must not die of us
             self._fault(function, error, is_vital)
             return None
-        if state == "half-open" and not is_vital:
+        if state == "half-open" and is_last:
             self._opened_s = None
             self._num_faults = 0
         return result

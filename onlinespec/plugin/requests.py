@@ -6,6 +6,7 @@ only; what a position is comes from the commit (`output_index`), which is right 
 
 import itertools
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,7 +41,8 @@ class RequestBook:
     def __init__(self, is_greedy: bool):
         self._is_greedy = is_greedy
         self._numbers = itertools.count(1)
-        self._running: dict[int, Any] = {}
+        self._running: dict[int, weakref.ref[Any]] = {}
+        """weak: SGLang drops a retracted request that is aborted while it waits without finishing it"""
 
     def state_of(self, req: Any) -> RequestState:
         """The request's state, made at first sight. Source: SGLang 0.5.23 managers/schedule_batch.py Req."""
@@ -52,7 +54,7 @@ class RequestBook:
 
     def start(self, req: Any, state: RequestState, cached_tokens: int) -> RequestStarted:
         state.is_started = True
-        self._running[state.number] = req
+        self._running[state.number] = weakref.ref(req)
         params = req.sampling_params
         return RequestStarted(
             request=state.number,
@@ -68,11 +70,12 @@ class RequestBook:
     def ended(self) -> list[RequestEnded]:
         """Requests that finished or were aborted since the last call."""
         messages = []
-        for number, req in list(self._running.items()):
-            if not req.finished():
+        for number, reference in list(self._running.items()):
+            req = reference()
+            if req is not None and not req.finished():
                 continue
             del self._running[number]
-            messages.append(_ended(req, number))
+            messages.append(RequestEnded(number, "abort", 0, 0, 0, time.time()) if req is None else _ended(req, number))
         return messages
 
 
@@ -165,8 +168,8 @@ def verify_pass(
 
 
 def _is_capturable(req: Any) -> bool:
-    """Multimodal and LoRA requests, and those that refuse, are served and not captured."""
-    if req.multimodal_inputs is not None or req.lora_id is not None:
+    """Multimodal and LoRA requests, those that bring embeddings for tokens, and those that refuse, are served only."""
+    if req.multimodal_inputs is not None or req.lora_id is not None or req.input_embeds is not None:
         return False
     return _label(req, "capture", True) is not False
 

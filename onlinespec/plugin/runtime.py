@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import sglang
+from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.runtime_context import get_parallel
 
 from onlinespec.config import Config, load_config
@@ -23,6 +24,7 @@ from onlinespec.launch import Launch, read_launch
 from onlinespec.paths import RunPaths
 from onlinespec.plugin.fuse import Fuse
 from onlinespec.plugin.requests import RequestBook
+from onlinespec.plugin.sites import Site
 from onlinespec.plugin.swap import ApplyVersion, StageVersion, Swapper
 from onlinespec.plugin.tap import Tap
 from onlinespec.wire.messages import (
@@ -53,17 +55,20 @@ class _Waiter:
 
     def __init__(self) -> None:
         self.done = threading.Event()
-        self.error = ""
+        self.is_taken = False
+        """on its way to the ranks: it can no longer be given up"""
+        self.error = "a fault in the server"
+        """empty once the order was carried out"""
 
 
 class Runtime:
     """See the module's docstring. Hook methods are called by SGLang through the fuse."""
 
-    def __init__(self, root: Path, site_names: list[str]):
+    def __init__(self, root: Path, sites: list[Site]):
         self._paths = RunPaths(root)
         self._config: Config = load_config([self._paths.resolved_config])
         self._launch: Launch = read_launch(root)
-        self._site_names = site_names
+        self._sites = sites
         self.fuse = Fuse(self._config.capture.fuse_faults, self._config.capture.fuse_retry_s)
         self._scheduler: Any = None
         self._swapper: Swapper | None = None
@@ -72,6 +77,7 @@ class Runtime:
         self._outbox: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self._waiters: dict[int, _Waiter] = {}
         self._num_deliveries = 0
+        self._lock = threading.Lock()
 
     def after_init_request_dispatcher(self, _result: Any, scheduler: Any) -> None:
         """The workers exist: register our message and, on rank 0, open the sockets."""
@@ -113,11 +119,18 @@ class Runtime:
 
     def after_pull_raw_reqs(self, requests: Any, *_args: Any) -> Any:
         """Rank 0 adds what waits; the others get None from SGLang and see it by broadcast."""
-        if requests is None or self._outbox.empty():
-            return requests
-        while not self._outbox.empty():
-            requests.append(self._outbox.get_nowait())
+        if requests is not None and not self._outbox.empty():
+            self.fuse.run(self._take_deliveries, requests, is_vital=True)
         return requests
+
+    def _take_deliveries(self, requests: list[Any]) -> None:
+        while not self._outbox.empty():
+            delivery = self._outbox.get_nowait()
+            with self._lock:
+                waiter = self._waiters.get(delivery.number)
+                if waiter is not None:
+                    waiter.is_taken = True
+                    requests.append(delivery)
 
     def _is_greedy(self) -> bool:
         return str(self._scheduler.draft_worker.device) == "cpu"
@@ -125,12 +138,14 @@ class Runtime:
     def _handle(self, delivery: Delivery) -> None:
         """On the scheduler's thread of every rank."""
         assert self._swapper is not None
-        waiter = self._waiters.pop(delivery.number, None) or _Waiter()
+        with self._lock:
+            waiter = self._waiters.pop(delivery.number, None) or _Waiter()
         try:
             if isinstance(delivery.order, StageVersion):
                 self._swapper.begin_stage(delivery.order)
             else:
                 self._swapper.apply(delivery.order)
+            waiter.error = ""
         except SwapError as error:
             waiter.error = str(error)
         finally:
@@ -139,10 +154,17 @@ class Runtime:
     def _deliver(self, order: StageVersion | ApplyVersion) -> None:
         """From the control thread: send to all ranks and wait until this one has handled it."""
         self._num_deliveries += 1
-        waiter = self._waiters[self._num_deliveries] = _Waiter()
-        self._outbox.put(Delivery(self._num_deliveries, order))
+        number, waiter = self._num_deliveries, _Waiter()
+        self._waiters[number] = waiter
+        self._outbox.put(Delivery(number, order))
         if not waiter.done.wait(_SWAP_TIMEOUT_S):
-            raise SwapError(f"the scheduler did not reach the swap within {_SWAP_TIMEOUT_S:.0f} s")
+            with self._lock:
+                if not waiter.is_taken:
+                    del self._waiters[number]
+                    raise SwapError(
+                        f"the scheduler did not take the swap within {_SWAP_TIMEOUT_S:.0f} s; it is given up"
+                    )
+            waiter.done.wait()
         if waiter.error:
             raise SwapError(waiter.error)
 
@@ -173,14 +195,15 @@ class Runtime:
             swapper.wait_staged()
             self._deliver(ApplyVersion(request.version))
         except SwapError as error:
-            return Ack(False, str(error), swapper.version)
+            return Ack(False, f"{error} {self.fuse.last_fault}".rstrip(), swapper.version)
+        assert swapper.version == request.version, (swapper.version, request.version)
         return Ack(True, version=swapper.version, duration_s=swapper.last_duration_s)
 
     def _hello(self) -> Hello:
         worker, config = self._scheduler.draft_worker, self._scheduler.model_config
         return Hello(
             sglang_version=sglang.__version__,
-            sites=self._site_names,
+            sites=[site.name for site in self._sites if site.hook == "none" or site.target in HookRegistry._patched],
             vocab_size=int(config.vocab_size),
             hidden_size=int(config.hidden_size),
             num_aux=int(worker._draft_worker.draft_runner.model.model.num_aux_hidden_states),

@@ -6,6 +6,7 @@ them, CUDA graphs stay valid and nothing is drained. Names are allow-listed by w
 with: `embed_tokens` is the target's own parameter, and a payload that carried it would change its answers.
 """
 
+import contextlib
 import threading
 import time
 from dataclasses import dataclass
@@ -149,19 +150,18 @@ class Swapper:
         if staged is None or staged.version != request.version:
             raise SwapError(f"version {request.version} is not staged; nothing was swapped")
         began_s = time.perf_counter()
-        before = self._shared_checksum()
-        stream = getattr(self._scheduler, "forward_stream", None)
-        if stream is not None and next(self.model.parameters()).is_cuda:
-            with torch.cuda.stream(stream):
-                self.model.load_weights(list(staged.weights.items()))
-        else:
+        is_cuda = next(self.model.parameters()).is_cuda
+        with torch.cuda.stream(self._scheduler.forward_stream) if is_cuda else contextlib.nullcontext():
+            before = self._shared_checksum()
             self.model.load_weights(list(staged.weights.items()))
-        assert self._shared_checksum() == before, "a swap changed the target's embedding table"
+            after = self._shared_checksum()
         self.version = request.version
         self.num_swaps += 1
         self._staged = None
         self.last_duration_s = time.perf_counter() - began_s
+        if before != after:
+            raise SwapError(f"version {request.version} changed the target's embedding table; restart the server now")
 
     def _shared_checksum(self) -> float:
         """Of the embedding table, which the draft shares with the target."""
-        return float(self.model.model.embed_tokens.weight.detach().double().sum())
+        return float(self.model.model.embed_tokens.weight.detach().sum(dtype=torch.float64))

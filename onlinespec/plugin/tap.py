@@ -60,9 +60,19 @@ class DeviceRows:
     teacher: Teacher
     accept_lens_B: torch.Tensor | None
 
-    def copy_to_host(self, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> "HostRows":
+    def copy_to_host(self, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> "HostRows | NoRows":
+        return self.tap.guard(self._copy, copy_tensor) or NoRows()
+
+    def _copy(self, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> "HostRows":
         accept_lens = None if self.accept_lens_B is None else copy_tensor(self.accept_lens_B)
         return HostRows(self.tap, self.layout, copy_tensor(self.aux_NA), self.teacher.map(copy_tensor), accept_lens)
+
+
+class NoRows:
+    """Stands where a copy failed or the fuse is open."""
+
+    def consume(self, batch: Any, commits: Sequence[Any]) -> None:
+        """Nothing was taken."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ class HostRows:
 
     def consume(self, batch: Any, commits: Sequence[Any]) -> None:
         """Called by SGLang once the pass's tokens are committed, before they are streamed."""
-        self.tap.guard(self._send, batch.reqs, commits)
+        self.tap.guard(self._send, batch.reqs, commits, is_last=True)
 
     def _send(self, reqs: Sequence[Any], commits: Sequence[Any]) -> None:
         tap, layout = self.tap, self.layout

@@ -57,6 +57,7 @@ class Trainer:
         self._draft_ids_V = self.draft.draft_ids()
         self._optimizer = DraftOptimizer(dict(self.draft.named_parameters()), config)
         self._num_steps_before = 0
+        self._averaged = self.draft.weights()
 
     @property
     def num_steps(self) -> int:
@@ -90,25 +91,36 @@ class Trainer:
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if is_finite:
             self._optimizer.step()
+            self._average()
         else:
             self.num_skipped += 1
         self._optimizer.zero_grad()
         return StepResult(loss, int(num_rows_K[0]), grad_norm, is_applied=is_finite)
 
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Young averages forget faster, so that a fresh draft's noise does not linger."""
+        num_steps = self._optimizer.num_steps
+        decay = min(self._config.ema_decay, num_steps / (num_steps + 10))
+        for name, parameter in self.draft.named_parameters():
+            self._averaged[name].lerp_(parameter.cpu(), 1 - decay)
+
     def weights(self) -> dict[str, torch.Tensor]:
-        """A copy of the draft, ready for `write_draft`: CPU, float32, the vocabulary map included."""
-        return self.draft.weights()
+        """A copy of the averaged draft, ready for `write_draft`: CPU, float32, the vocabulary map included."""
+        return {name: tensor.clone() for name, tensor in self._averaged.items()}
 
     def restart(self, weights: dict[str, torch.Tensor]) -> None:
         """Go on from other weights: an operator took the trainer's own back. The optimizer warms up again."""
         self._num_steps_before = self.num_steps
         self.draft.load_weights(weights)
+        self._averaged = self.draft.weights()
         self._optimizer = DraftOptimizer(dict(self.draft.named_parameters()), self._config)
 
     def state(self) -> dict[str, Any]:
         """A copy of all that the next steps depend on; `torch.load(weights_only=True)` reads it back."""
         return {
-            "weights": self.weights(),
+            "weights": self.draft.weights(),
+            "averaged": self.weights(),
             "optimizer": self._optimizer.state_dict(),
             "num_skipped": self.num_skipped,
             "num_steps_before": self._num_steps_before,
@@ -118,6 +130,7 @@ class Trainer:
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on where the trainer that gave this state stood; draft and config must be of the same shape."""
         self.draft.load_weights(state["weights"])
+        self._averaged = {name: tensor.clone() for name, tensor in state["averaged"].items()}
         self._optimizer.load_state_dict(state["optimizer"])
         self.num_skipped = state["num_skipped"]
         self._num_steps_before = state["num_steps_before"]

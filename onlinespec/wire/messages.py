@@ -18,6 +18,7 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
 
     sglang_version: str
     sites: list[str]
+    """names of the declared sites that SGLang really attached"""
     vocab_size: int
     hidden_size: int
     """width of one captured hidden state"""

@@ -182,7 +182,7 @@ class ControlClient:
                 )
             return decode_reply(socket.recv())
 
-    def acknowledged(self, request: ControlRequest, timeout_s: float = 60.0) -> Ack:
+    def acknowledged(self, request: ControlRequest, timeout_s: float = 300.0) -> Ack:
         """Raises: WireError where the answer is no `Ack`."""
         reply = self.request(request, timeout_s)
         if isinstance(reply, Hello | Status):

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from onlinespec.world import corpus
+from onlinespec.world.hf import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 from onlinespec.world.target import chats
 
 MAX_ANSWER_TOKENS = 200

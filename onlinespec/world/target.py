@@ -19,9 +19,9 @@ import torch
 from tokenizers import Tokenizer
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from onlinespec.world import corpus
+from onlinespec.world.hf import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from onlinespec.world.muon import Muon
 from onlinespec.world.tokenizer import (
     BOS_ID,

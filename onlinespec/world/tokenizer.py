@@ -77,6 +77,8 @@ def encode_chat(tokenizer: Tokenizer, messages: list[tuple[str, str]]) -> tuple[
     """
     ids, is_answer = [BOS_ID], [False]
     for role, content in messages:
+        if f"<|{role}|>" not in SPECIAL_TOKENS:
+            raise ValueError(f"role {role!r} is not in the chat template; wanted system, user or assistant")
         body = [*tokenizer.encode(content).ids, END_ID]
         ids += [SPECIAL_TOKENS.index(f"<|{role}|>"), *body]
         is_answer += [False, *([role == "assistant"] * len(body))]

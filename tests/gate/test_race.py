@@ -172,14 +172,14 @@ def test_a_race_can_be_withdrawn_before_its_first_request():
         feed(contest, 200, 210)
 
 
-def test_a_race_is_stalled_when_its_evidence_did_not_grow_over_the_last_requests():
-    contest = race(stall_requests=8, max_requests=200)
+def test_a_race_is_stalled_when_its_last_requests_promise_no_promotion_in_time():
+    contest = race(stall_requests=8, max_requests=60)
     run(contest, [0.3] * 8)
 
     assert not contest.is_stalled
 
     for request in range(8, 16):
-        feed(contest, 200, 200, request=request)
+        feed(contest, 200, 203, request=request)
 
     assert contest.is_stalled
     assert contest.verdict is None

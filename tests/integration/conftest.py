@@ -3,17 +3,14 @@
 Order of the modules: what needs the shared server first, the product's own boot last.
 """
 
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 from onlinespec.config import load_config
-from onlinespec.cpu.torchvision_ops import define_torchvision_ops
 from onlinespec.draft.checkpoint import read_draft, write_draft
 from onlinespec.draft.fresh import read_embedding
 from onlinespec.draft.sample import Sample
@@ -24,8 +21,9 @@ from onlinespec.versions.journal import Journal, Published
 from onlinespec.versions.manifest import Provenance
 from onlinespec.versions.store import VersionStore
 from onlinespec.world import WORLD
+from onlinespec.world.hf import AutoModelForCausalLM, AutoTokenizer
 from tests.integration.capture import Capture
-from tests.integration.servers import Server, send, start_ours, start_plain, world_prompts
+from tests.integration.servers import Server, free_port, send, start_ours, start_plain, world_prompts
 
 NUM_IDENTITY_PROMPTS = 100
 IDENTITY_TOKENS = 96
@@ -38,12 +36,6 @@ def pytest_collection_modifyitems(items) -> None:
         return MODULES.index(name) if item.path.parent == Path(__file__).parent and name in MODULES else -1
 
     items.sort(key=place)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="session")
@@ -128,6 +120,5 @@ def learned(served, capture) -> list[Sample]:
 @pytest.fixture(scope="session")
 def transformers_target():
     """The served target in transformers, with its tokenizer."""
-    define_torchvision_ops()
-    model = transformers.AutoModelForCausalLM.from_pretrained(WORLD, dtype=torch.float32).eval()
-    return model, transformers.AutoTokenizer.from_pretrained(WORLD)
+    model = AutoModelForCausalLM.from_pretrained(WORLD, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(WORLD)

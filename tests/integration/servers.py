@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -119,3 +120,9 @@ def flush(server: Server) -> None:
     request = urllib.request.Request(f"{server.base_url}/flush_cache", method="POST")
     with urllib.request.urlopen(request, timeout=30) as answer:
         assert answer.status == 200
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -11,8 +11,8 @@ from onlinespec.operate import roll_back
 from onlinespec.wire.messages import GetHello, GetStatus, SetCapture
 from onlinespec.world import WORLD
 from tests.integration.capture import Capture
-from tests.integration.conftest import IDENTITY_TOKENS, free_port, learn
-from tests.integration.servers import flush, send, start_ours, world_prompts
+from tests.integration.conftest import IDENTITY_TOKENS, learn
+from tests.integration.servers import flush, free_port, send, start_ours, world_prompts
 
 pytestmark = pytest.mark.full
 NUM_DRAFT_STEPS = 3

@@ -16,14 +16,13 @@ from onlinespec.serve import plan
 from onlinespec.versions.journal import Journal, Promoted, RolledBack
 from onlinespec.wire.messages import GetStatus
 from onlinespec.world import WORLD
-from tests.integration.conftest import free_port
-from tests.integration.servers import DEMO_CONFIG, Server, send, start_ours, world_prompts
+from tests.integration.servers import DEMO_CONFIG, Server, free_port, send, start_ours, world_prompts
 
 
 @pytest.fixture(scope="module")
 def product(tmp_path_factory):
     root = tmp_path_factory.mktemp("product")
-    sets = ["gate.candidate_steps=10", "trainer.checkpoint_s=2", "trainer.passes=4"]
+    sets = ["trainer.checkpoint_s=2"]
     server = start_ours(root, free_port(), sets=sets)
     yield server
     server.stop(signal.SIGKILL)

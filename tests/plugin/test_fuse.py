@@ -94,7 +94,7 @@ def test_after_the_pause_one_clean_pass_closes_the_fuse_and_forgets_the_faults(f
     clock.now_s += 0.1
     assert fuse.state == "half-open"
 
-    result = fuse.run(max, 2, 5)
+    result = fuse.run(max, 2, 5, is_last=True)
 
     assert (result, fuse.state) == (5, "closed")
     fuse.run(fail)
@@ -110,6 +110,16 @@ def test_after_the_pause_one_fault_opens_the_fuse_for_another_pause(fuse: Fuse, 
     assert fuse.state == "open"
     clock.now_s += RETRY_S
     assert fuse.state == "half-open"
+
+
+def test_a_pass_that_faults_in_its_last_call_does_not_close_a_half_open_fuse(fuse: Fuse, clock: Clock):
+    open_fuse(fuse)
+    clock.now_s += RETRY_S
+
+    fuse.run(max, 2, 5)
+    fuse.run(fail, is_last=True)
+
+    assert fuse.state == "open"
 
 
 def test_a_vital_success_does_not_close_a_half_open_fuse(fuse: Fuse, clock: Clock):

@@ -1,5 +1,6 @@
 """Segments out of committed passes: which rows are kept, at which positions, with which tokens."""
 
+import gc
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,7 @@ class Req:
     sampling_params: Params = field(default_factory=Params)
     multimodal_inputs: Any = None
     lora_id: str | None = None
+    input_embeds: Any = None
     output_ids: list[int] = field(default_factory=list)
     finished_reason: Reason | None = None
     finished_len: int | None = None
@@ -187,6 +189,7 @@ UNCAPTURED = {
     "it refuses": Req([1, 2], Params(custom_params={"onlinespec": {"capture": False}})),
     "it has an image": Req([1, 2], multimodal_inputs=object()),
     "it uses LoRA": Req([1, 2], lora_id="adapter"),
+    "it brings embeddings for tokens": Req([1, 2], input_embeds=[[0.0]]),
 }
 
 
@@ -261,3 +264,18 @@ def test_tokens_after_a_stop_are_not_counted_as_output(book: RequestBook):
     req.output_ids, req.finished_len, req.finished_reason = [1, 2, 3, 4], 2, Reason("stop")
 
     assert book.ended()[0].num_output_tokens == 2
+
+
+def test_a_request_that_the_server_forgot_without_finishing_it_ends_as_an_abort():
+    book, req = RequestBook(is_greedy=True), Req([1, 2])
+    state = book.state_of(req)
+    book.start(req, state, 0)
+
+    assert book.ended() == []
+
+    del req
+    gc.collect()
+    messages = book.ended()
+
+    assert [(message.request, message.reason) for message in messages] == [(state.number, "abort")]
+    assert book.ended() == []

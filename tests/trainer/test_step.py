@@ -4,6 +4,7 @@ import io
 import math
 from dataclasses import replace
 
+import msgspec
 import pytest
 import torch
 
@@ -16,6 +17,10 @@ from onlinespec.trainer.step import Trainer
 from tests.draft.tiny import CONFIG, LoopDraft, build_draft, build_embedding, build_sample
 
 CONFIG_3 = TrainerConfig(unroll_steps=3, loss_decay=0.5, muon_lr=0.02, adamw_lr=5e-3, warmup_steps=2)
+
+
+def replace_config(**changes) -> TrainerConfig:
+    return msgspec.structs.replace(CONFIG_3, **changes)
 
 
 def build_trainer(config: TrainerConfig = CONFIG_3, **changes) -> Trainer:
@@ -137,6 +142,20 @@ def test_a_resumed_trainer_goes_on_exactly_as_an_unbroken_one():
     assert torch.equal(resumed.generator.get_state(), torch.Generator().manual_seed(11).get_state())
 
 
+def test_candidates_are_the_moving_average_of_the_weights_after_each_step():
+    trainer = build_trainer(replace_config(ema_decay=0.5))
+    expected = trainer.draft.weights()
+
+    for step in range(1, 14):
+        trainer.step([build_sample(step, 5, 6)])
+        decay = min(0.5, step / (step + 10))
+        for name, tensor in trainer.draft.weights().items():
+            expected[name] = decay * expected[name] + (1 - decay) * tensor
+
+    for name, tensor in trainer.weights().items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-5)
+
+
 def test_a_restart_takes_other_weights_warms_up_again_and_goes_on_counting():
     trainer, other = build_trainer(), build_draft(seed=9).weights()
     samples = [build_sample(1, 5, 6)]
@@ -158,12 +177,13 @@ def test_state_and_weights_are_copies():
     state, weights = trainer.state(), trainer.weights()
     momentum = {name: tensor.clone() for name, tensor in state["optimizer"]["momentum"].items()}
     moment = state["optimizer"]["adamw"]["state"][0]["exp_avg"].clone()
-    head = weights["lm_head.weight"].clone()
+    head, live_head = weights["lm_head.weight"].clone(), trainer.draft.lm_head.weight.detach().clone()
 
     trainer.step([build_sample(1)])
 
     assert torch.equal(weights["lm_head.weight"], head)
-    assert torch.equal(state["weights"]["lm_head.weight"], head)
+    assert torch.equal(state["averaged"]["lm_head.weight"], head)
+    assert torch.equal(state["weights"]["lm_head.weight"], live_head)
     assert torch.equal(state["optimizer"]["adamw"]["state"][0]["exp_avg"], moment)
     assert all(torch.equal(tensor, momentum[name]) for name, tensor in state["optimizer"]["momentum"].items())
     assert not torch.equal(trainer.weights()["lm_head.weight"], head)
