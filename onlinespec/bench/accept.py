@@ -59,7 +59,7 @@ def report(summaries: Sequence[Summary], settings: dict[str, object]) -> dict[st
     return {
         "kind": "bench accept",
         "onlinespec": onlinespec.__version__,
-        "command": " ".join(sys.argv),
+        "command": " ".join(["onlinespec", *sys.argv[1:]]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": {"platform": platform.platform(), "python": platform.python_version()},
         "settings": settings,
