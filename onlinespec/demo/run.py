@@ -126,7 +126,11 @@ async def _play(
         holdout_frac=config.gate.holdout_frac,
         candidate_steps=config.gate.candidate_steps,
     )
-    provenance = {"onlinespec": onlinespec.__version__, "command": " ".join(["onlinespec", *sys.argv[1:]]), "cores": os.cpu_count()}
+    provenance = {
+        "onlinespec": onlinespec.__version__,
+        "command": " ".join(["onlinespec", *sys.argv[1:]]),
+        "cores": os.cpu_count(),
+    }
     paths.demo_result.write_text(json.dumps({**provenance, **msgspec.to_builtins(result)}, indent=2) + "\n")
     plot(traffic.records, events, 4, paths.demo_plot)
     return result
