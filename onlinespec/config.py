@@ -8,7 +8,7 @@ errors that name the path, what was found and what was wanted.
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import yaml
@@ -21,6 +21,7 @@ Fraction = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)]
 PositiveFloat = Annotated[float, msgspec.Meta(gt=0.0)]
 NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0.0)]
+OpenOrWhole = Annotated[float, msgspec.Meta(gt=0.0, le=1.0)]
 
 
 class Section(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -51,6 +52,14 @@ class BufferConfig(Section, frozen=True):
     """older requests kept as a uniform sample of all that left the recent window"""
     replay_frac: Fraction = 0.5
     """share of a batch drawn from the reservoir once it holds anything"""
+    num_clusters: Annotated[int, msgspec.Meta(ge=1, le=256)] = 8
+    """task clusters (online k-means on pooled hidden states) the reservoir keeps in equal shares; 1 for none"""
+    accept_threshold: NonNegativeFloat = 0.0
+    """a request whose live accept length is below this is a failure case; 0 for none"""
+    failure_frac: Fraction = 0.5
+    """share of a batch's new requests taken from failure cases while there are any"""
+    min_failure_cases: NonNegative = 0
+    """failure cases that must have come before a round of training starts; 0 trains whenever requests come"""
     prefix_cache_bytes: NonNegative = 64 * 2**20
     """bytes of prompt rows kept to complete requests whose prefix the server had cached"""
     max_sequence_tokens: Positive = 2048
@@ -60,28 +69,64 @@ class BufferConfig(Section, frozen=True):
 
 
 class TrainerConfig(Section, frozen=True):
-    """The optimizer and the unroll."""
+    """The loss, the optimizer and the unroll."""
 
     enabled: bool = True
     """train at all; off, the sidecar captures and reports only"""
     unroll_steps: Annotated[int, msgspec.Meta(ge=1, le=8)] = 4
     """draft steps unrolled in training"""
-    loss_decay: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 0.8
+    loss: Literal["kl", "reverse_kl", "hard"] = "kl"
+    """kl: KL(target || draft) at the verifier's temperature; reverse_kl: the other way; hard: the target's argmax"""
+    accept_frac: Fraction = 0.0
+    """share of the expected accepted length in the loss once it is ramped up; the rest is `loss`"""
+    accept_ramp_steps: NonNegative = 200
+    """optimizer steps over which that share rises from 0, also after a change of the loss"""
+    step_weights: Literal["decay", "reach"] = "decay"
+    """weight of unroll step k: loss_decay ** k, or the measured share of rows whose first k drafted tokens matched"""
+    loss_decay: OpenOrWhole = 0.8
     """weight of unroll step k is loss_decay ** k"""
     batch_requests: Positive = 2
     """new requests per optimizer step; replayed ones come on top"""
     accumulation: Positive = 1
     """batches per optimizer step"""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """muon: Muon on matrices, AdamW on lm_head and norms; adamw: AdamW on all"""
     muon_lr: PositiveFloat = 0.03
     """peak learning rate of the matrices (Muon)"""
     adamw_lr: PositiveFloat = 2e-3
-    """peak learning rate of norms, embeddings and lm_head (AdamW)"""
+    """peak learning rate of what AdamW trains"""
+    weight_decay: NonNegativeFloat = 0.0
+    """decoupled weight decay of matrices"""
+    schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    """learning rate after the warm-up: constant; cosine to min_lr_frac; wsd: constant, then a linear decay to it"""
+    schedule_steps: Positive = 10_000
+    """optimizer steps a cosine or wsd schedule spans; after them the rate stays at min_lr_frac"""
+    decay_frac: Fraction = 0.2
+    """last share of schedule_steps in which wsd decays"""
+    min_lr_frac: Fraction = 0.1
+    """share of the peak learning rate a schedule ends at"""
     ema_decay: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.95
     """candidates are an exponential moving average of the weights over about 1 / (1 - ema_decay) steps; 0 for none"""
     warmup_steps: NonNegative = 5
     """optimizer steps of linear warm-up"""
     clip_norm: PositiveFloat = 1.0
     """largest global gradient norm"""
+    kv_mode: Literal["free", "projections", "stable"] = "free"
+    """frozen, so that draft KV in the server outlives a swap: nothing; k_proj and v_proj; all that makes K and V"""
+    kv_free_steps: NonNegative = 0
+    """optimizer steps of an untrained draft before kv_mode freezes anything"""
+    lora_rank: NonNegative = 0
+    """rank of the adapters trained instead of the matrices, merged on publish; 0 trains the matrices themselves"""
+    lora_alpha: PositiveFloat = 16.0
+    """an adapter counts lora_alpha / lora_rank times"""
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "fc")
+    """matrices that get an adapter; everything else is frozen"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the forward and backward pass; masters and optimizer state are float32"""
+    checkpoint_activations: bool = False
+    """recompute activations of an unroll step in the backward pass: less memory, a third more time"""
+    compile: bool = False
+    """torch.compile the draft's unroll; wants a C++ compiler on a CPU"""
     passes: Positive = 2
     """optimizer steps that may be taken per batch_requests new requests"""
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
@@ -90,6 +135,32 @@ class TrainerConfig(Section, frozen=True):
     """CPU threads of the trainer"""
     checkpoint_s: PositiveFloat = 30.0
     """seconds between checkpoints of the trainer's state"""
+
+
+class PaceConfig(Section, frozen=True):
+    """How much may be trained now."""
+
+    duty_frac: OpenOrWhole = 1.0
+    """largest share of wall time spent in optimizer steps"""
+    busy_requests: NonNegative = 0
+    """running requests in the server from which on training pauses; 0 never pauses"""
+    calm_duty_frac: Fraction = 1.0
+    """share of duty_frac that remains while nothing has drifted and candidates bring no gain"""
+    calm_capture_frac: OpenOrWhole = 1.0
+    """share of requests captured in such a calm; all are captured otherwise"""
+
+
+class DriftConfig(Section, frozen=True):
+    """When traffic counts as having moved away from the draft."""
+
+    enabled: bool = True
+    """watch acceptance per position and task cluster"""
+    slack_frac: Fraction = 0.05
+    """drop in acceptance per verify step that is tolerated (the delta of Page-Hinkley)"""
+    threshold: PositiveFloat = 25.0
+    """accumulated drop, in verify steps times acceptance, that counts as drift (the lambda of Page-Hinkley)"""
+    min_steps: Positive = 200
+    """verify steps of a cluster before it can drift"""
 
 
 class GateConfig(Section, frozen=True):
@@ -128,6 +199,13 @@ class VersionsConfig(Section, frozen=True):
     """newest versions kept; the incumbent and its parent are always kept"""
 
 
+class RecordConfig(Section, frozen=True):
+    """What `onlinespec record` writes, where it is asked to."""
+
+    shard_bytes: Positive = 64 * 2**20
+    """bytes of rows after which a shard is closed and a new one begun"""
+
+
 class SupervisorConfig(Section, frozen=True):
     """How `serve` looks after its two processes."""
 
@@ -150,7 +228,10 @@ class Config(Section, frozen=True):
     capture: CaptureConfig = CaptureConfig()
     buffer: BufferConfig = BufferConfig()
     trainer: TrainerConfig = TrainerConfig()
+    pace: PaceConfig = PaceConfig()
+    drift: DriftConfig = DriftConfig()
     gate: GateConfig = GateConfig()
+    record: RecordConfig = RecordConfig()
     versions: VersionsConfig = VersionsConfig()
     supervisor: SupervisorConfig = SupervisorConfig()
 

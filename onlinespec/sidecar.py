@@ -26,9 +26,8 @@ from onlinespec.launch import read_launch
 from onlinespec.paths import RunPaths
 from onlinespec.promote import Promoter
 from onlinespec.trainer.assemble import Assembler
-from onlinespec.trainer.buffer import Buffer
+from onlinespec.trainer.learner import Learner
 from onlinespec.trainer.prefix import PrefixRows
-from onlinespec.trainer.step import Trainer
 from onlinespec.versions.durable import sync_path
 from onlinespec.versions.manifest import Provenance
 from onlinespec.wire.messages import GetHello, Heartbeat, Hello, RequestEnded, RequestStarted, Rows, SampleMessage
@@ -37,7 +36,6 @@ from onlinespec.wire.sockets import ControlClient, SampleReceiver
 _NICE = 10
 _KEY_BYTES = 32
 _MAX_TRAINED_ANSWERS = 200_000
-_MAX_CREDIT_STEPS = 4.0
 _MAX_TENANTS = 1000
 _RECEIVE_SLICE_S = 0.25
 _STATUS_S = 1.0
@@ -77,12 +75,11 @@ class Sidecar:
             lambda key: hash(key) in self._trained_answers,
         )
         weights = self.promoter.incumbent_weights()
-        self.trainer = Trainer(self._config.trainer, self.promoter.draft_config, weights, embed_VD)
+        self.learner = Learner(self._config, self.promoter.draft_config, weights, embed_VD)
+        self.trainer = self.learner.trainer
         self._target_digest = launch.target_digest
-        self._buffer = Buffer(self._config.buffer, self.trainer.generator)
         self._assembler = Assembler(PrefixRows(self._config.buffer.prefix_cache_bytes), self._config.buffer.ttl_s)
         self._receiver = SampleReceiver(self._paths.samples_endpoint)
-        self._credit_steps = 0.0
         self._frozen_at_step = 0
         self._last_loss = float("nan")
         self._server_counters: dict[str, int] = {}
@@ -95,7 +92,7 @@ class Sidecar:
             signal.signal(number, self._stop)
         reported_s = saved_s = time.monotonic()
         while not self._is_stopped:
-            self._receive(0.0 if self._credit_steps >= 1 else 0.05)
+            self._receive(0.0 if self.learner.is_due else 0.05)
             self.promoter.sync()
             if self.promoter.has_moved:
                 self._follow_operator()
@@ -166,27 +163,19 @@ class Sidecar:
                 self._save()
             return
         self.counters["training_samples"] += 1
-        self.counters["training_tokens"] += sample.num_answer_tokens
         self._tenants.add(sample.tenant if len(self._tenants) < _MAX_TENANTS else "(more)")
         self._trained_answers[hash(sample.answer_key)] = None
         if len(self._trained_answers) > _MAX_TRAINED_ANSWERS:
             self._trained_answers.popitem(last=False)
-        self._buffer.add(sample, time.time())
-        trainer = self._config.trainer
-        if trainer.enabled:
-            credit = self._credit_steps + trainer.passes / trainer.batch_requests
-            self._credit_steps = min(credit, _MAX_CREDIT_STEPS)
+        self.learner.add(sample, time.time())
 
     def _train(self) -> None:
         """One step where new samples paid for it, then a candidate where one is due."""
-        if self._credit_steps < 1:
+        result = self.learner.step(time.time())
+        if result is None:
             return
-        self._credit_steps -= 1
-        config = self._config
-        batch = self._buffer.draw(config.trainer.batch_requests * config.trainer.accumulation, time.time())
-        result = self.trainer.step(batch)
         self._last_loss = result.loss
-        if self.trainer.num_steps - self._frozen_at_step < config.gate.candidate_steps:
+        if self.trainer.num_steps - self._frozen_at_step < self._config.gate.candidate_steps:
             return
         self.promoter.give_way(time.time())
         if self.promoter.race is None:
@@ -196,7 +185,7 @@ class Sidecar:
     def _provenance(self) -> Provenance:
         return Provenance(
             optimizer_steps=self.trainer.num_steps,
-            answer_tokens=self.counters["training_tokens"],
+            answer_tokens=self.learner.num_tokens,
             seed=self._config.trainer.seed,
             tenants=tuple(sorted(self._tenants)),
         )
@@ -214,7 +203,7 @@ class Sidecar:
         saved = torch.load(self._paths.trainer_state, weights_only=True)
         if saved["target_digest"] != self._target_digest or saved["version"] != self.promoter.version:
             return
-        self.trainer.load_state(saved["trainer"])
+        self.learner.load_state(saved["learner"])
         self.counters.update(saved["counters"])
         self._tenants.update(saved["tenants"])
         self._trained_answers.update(dict.fromkeys(saved["trained_answers"]))
@@ -225,7 +214,7 @@ class Sidecar:
         state = {
             "target_digest": self._target_digest,
             "version": self.promoter.version,
-            "trainer": self.trainer.state(),
+            "learner": self.learner.state(),
             "counters": dict(self.counters),
             "tenants": sorted(self._tenants),
             "trained_answers": list(self._trained_answers),
@@ -243,9 +232,10 @@ class Sidecar:
             "version": self.promoter.version,
             "accept_length": (steps + self.counters["correct_drafts"]) / steps if steps else None,
             "trainer_step": self.trainer.num_steps,
+            "training_tokens": self.learner.num_tokens,
             "loss": self._last_loss if self._last_loss == self._last_loss else None,
             "skipped_steps": self.trainer.num_skipped,
-            "buffered_samples": len(self._buffer),
+            "buffered_samples": len(self.learner.buffer),
             "candidates": self.promoter.state.num_candidates,
             "promotions": self.promoter.state.num_promotions,
             "race": race
