@@ -18,12 +18,17 @@ _MAX_CREDIT_STEPS = 4.0
 
 
 class Learner:
-    """Buffer, trainer and pace. Shapes: embed_VD the target's embedding table."""
+    """Buffer, trainer and pace. is_fresh: see `Trainer`. Shapes: embed_VD the target's embedding table."""
 
     def __init__(
-        self, config: Config, draft_config: DraftConfig, weights: dict[str, torch.Tensor], embed_VD: torch.Tensor
+        self,
+        config: Config,
+        draft_config: DraftConfig,
+        weights: dict[str, torch.Tensor],
+        embed_VD: torch.Tensor,
+        is_fresh: bool = True,
     ):
-        self.trainer = Trainer(config.trainer, draft_config, weights, embed_VD)
+        self.trainer = Trainer(config.trainer, draft_config, weights, embed_VD, is_fresh)
         self.buffer = Buffer(config.buffer, self.trainer.generator)
         self.num_tokens = 0
         """answer tokens added"""

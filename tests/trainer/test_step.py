@@ -77,7 +77,7 @@ def test_rows_without_a_loss_at_any_step_are_not_computed():
 
     assert batch.rows.position_C[batch.rows.query_N].tolist() == [5, 6, 7]
     assert batch.rows.sizes == ((8, 3),)
-    assert sorted(batch.step_M.tolist()) == [0, 1, 2]
+    assert sorted(batch.chains.step_M.tolist()) == [0, 1, 2]
 
 
 def test_accumulated_batches_make_the_step_of_one_batch():
@@ -182,8 +182,8 @@ def test_state_and_weights_are_copies():
     trainer.step([build_sample(1)])
 
     assert torch.equal(weights["lm_head.weight"], head)
-    assert torch.equal(state["averaged"]["lm_head.weight"], head)
-    assert torch.equal(state["weights"]["lm_head.weight"], live_head)
+    assert torch.equal(state["parameters"]["averaged"]["lm_head.weight"], head)
+    assert torch.equal(state["parameters"]["current"]["lm_head.weight"], live_head)
     assert torch.equal(state["optimizer"]["adamw"]["state"][0]["exp_avg"], moment)
     assert all(torch.equal(tensor, momentum[name]) for name, tensor in state["optimizer"]["momentum"].items())
     assert not torch.equal(trainer.weights()["lm_head.weight"], head)

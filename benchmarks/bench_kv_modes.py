@@ -1,0 +1,249 @@
+"""What training may change while draft KV in the server is kept: KV modes on the live server.
+
+Chats with long shared beginnings (radix cache on), an unconditional swap every SWAP_STEPS optimizer steps, the
+same stream for every arm. After a swap the cache still holds keys and values of older drafts. Measured, per arm
+and seed: live accept length in the first 2 s after a swap, 8 to 12 s after it, and over the last quarter of the
+stream; live minus shadow (the same draft walked over the same rows with its own keys and values) on requests
+without a swap inside; CPU seconds of training. Fresh: an untrained draft on support. Warm: a draft trained on
+code, then support.
+
+Run: python benchmarks/bench_kv_modes.py OUT.json [--seeds 3] [--tokens 10000]; one boot a seed, resumes at the
+next seed where OUT.json holds some.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from live import Traffic, commit, prefixed_prompts, serving, until
+
+from onlinespec.bench.client import Sampling
+from onlinespec.config import load_config
+from onlinespec.demo.run import CONFIG, free_port
+from onlinespec.draft.checkpoint import read_draft
+from onlinespec.draft.fresh import read_embedding
+from onlinespec.draft.model import Draft
+from onlinespec.draft.walk import walk
+from onlinespec.trainer.assemble import Assembler
+from onlinespec.trainer.learner import Learner
+from onlinespec.trainer.prefix import PrefixRows
+from onlinespec.wire.messages import RequestEnded, RequestStarted, Rows
+from onlinespec.wire.sockets import SampleReceiver
+from onlinespec.world import WORLD
+
+ARMS = {
+    "fresh": {
+        "free": ["trainer.kv_mode=free"],
+        "projections after 80 steps": ["trainer.kv_mode=projections", "trainer.kv_free_steps=80"],
+        "stable after 80 steps": ["trainer.kv_mode=stable", "trainer.kv_free_steps=80"],
+        "stable": ["trainer.kv_mode=stable"],
+    },
+    "warm": {
+        "free": ["trainer.kv_mode=free"],
+        "projections": ["trainer.kv_mode=projections"],
+        "stable": ["trainer.kv_mode=stable"],
+    },
+}
+SWAP_STEPS = 20
+NUM_USERS = 4
+NUM_PREFIXES = 4
+NUM_TURNS = 3
+NUM_DRAFT_STEPS = 3
+
+
+class Arm:
+    """One stream through one way of training."""
+
+    def __init__(self, server, overrides, weights, embed_VD, is_fresh):
+        config = load_config([CONFIG], overrides)
+        draft_config, _ = read_draft(server.paths.version(1))
+        self.learner = Learner(config, draft_config, weights, embed_VD, is_fresh=is_fresh)
+        self.server, self.embed_VD, self.draft_config = server, embed_VD, draft_config
+        self.assembler = Assembler(PrefixRows(64 * 2**20), ttl_s=600)
+        self.steps, self.swaps, self.requests, self.cpu_s = [], [], [], 0.0
+        self.drafts, self.num_tokens, self.num_running = {}, 0, 0
+        self._publish(weights)
+
+    def _publish(self, weights):
+        version = self.server.swap(weights)
+        self.drafts[version] = Draft(self.draft_config, weights)
+        self.swaps.append(time.monotonic())
+
+    def take(self, receiver, timeout_s):
+        """One message; verify steps are stamped as they come."""
+        received = receiver.receive(timeout_s)
+        if received is None:
+            return False
+        message, frames = received
+        if isinstance(message, RequestStarted):
+            self.num_running += 1
+            self.assembler.start(message)
+        elif isinstance(message, Rows):
+            now_s = time.monotonic()
+            verified = [s for s in message.segments if s.is_verify]
+            self.steps += [(now_s, len(segment.tokens)) for segment in verified]
+            self.num_tokens += sum(len(segment.tokens) for segment in verified)
+            self.assembler.rows(message, frames)
+        elif isinstance(message, RequestEnded):
+            self.num_running -= 1
+            sample = self.assembler.end(message)
+            if sample is not None:
+                self.requests.append(sample)
+                self.learner.add(sample, time.time())
+        return True
+
+    def train(self):
+        if not self.learner.is_due:
+            return
+        began_s = time.thread_time()
+        self.learner.step(time.time())
+        self.cpu_s += time.thread_time() - began_s
+        if self.learner.trainer.num_steps % SWAP_STEPS == 0:
+            self._publish(self.learner.trainer.weights())
+
+    def stale_loss(self):
+        """(verify steps, tokens live, tokens walked) over complete requests that ran under one version."""
+        total = [0, 0, 0]
+        for sample in self.requests[len(self.requests) // 4 :]:
+            versions = set(sample.verify.version)
+            if len(versions) != 1 or any(sample.verify.is_mixed) or not sample.is_complete:
+                continue
+            walked = walk(self.drafts[versions.pop()], sample, self.embed_VD, NUM_DRAFT_STEPS)
+            live_steps, tokens = len(sample.verify), sum(sample.verify.num_committed)
+            total[0] += 1
+            total[1] += tokens / live_steps
+            total[2] += sum(walked.num_committed) / len(walked)
+        return total
+
+    def result(self):
+        def accept_length(begin_s, end_s):
+            found = [tokens for at_s, tokens in self.steps if begin_s <= at_s < end_s]
+            return (sum(found), len(found))
+
+        def pooled(offset_s, until_s):
+            found = [accept_length(swap_s + offset_s, swap_s + until_s) for swap_s in self.swaps[3:-1]]
+            steps = sum(steps for _, steps in found)
+            return round(sum(tokens for tokens, _ in found) / steps, 3) if steps else None
+
+        quarter = self.steps[len(self.steps) * 3 // 4 :]
+        requests, live_al, shadow_al = self.stale_loss()
+        return {
+            "swaps": len(self.swaps),
+            "answer_tokens": self.num_tokens,
+            "accept_length_2s_before_a_swap": pooled(-2, 0),
+            "accept_length_2s_after_a_swap": pooled(0, 2),
+            "accept_length_8_to_12s_after_a_swap": pooled(8, 12),
+            "accept_length_last_quarter": round(sum(t for _, t in quarter) / len(quarter), 3),
+            "requests_under_one_version": requests,
+            "live_minus_shadow": round((live_al - shadow_al) / max(1, requests), 4),
+            "training_cpu_s": round(self.cpu_s, 1),
+            "wall_s": round(self.steps[-1][0] - self.steps[0][0], 1),
+            "optimizer_steps": self.learner.trainer.num_steps,
+        }
+
+
+def run_arm(server, start, overrides, weights, embed_VD, seed, num_tokens):
+    receiver = SampleReceiver(server.paths.samples_endpoint)
+    drained_s = time.monotonic()
+    while time.monotonic() - drained_s < 1.5:
+        if receiver.receive(0.1) is not None and time.monotonic() - drained_s > 30:
+            break
+    server.flush()
+    arm = Arm(server, [*overrides, f"trainer.seed={seed}"], weights, embed_VD, is_fresh=start == "fresh")
+    prompts = prefixed_prompts("support", seed, NUM_PREFIXES, NUM_TURNS)
+    traffic = Traffic(server.base_url, prompts, NUM_USERS, Sampling(max_tokens=160))
+    traffic.start()
+    while arm.num_tokens < num_tokens:
+        while arm.take(receiver, 0.0 if arm.learner.is_due else 0.02):
+            pass
+        arm.train()
+    traffic.stop()
+    until(lambda: not arm.take(receiver, 0.5), 60)
+    receiver.close()
+    failed = [answer.error for answer in traffic.answers if answer.error]
+    assert not failed, failed[:3]
+    texts = [answer.text for answer in traffic.answers]
+    prompt_tokens = statistics.mean(answer.num_prompt_tokens for answer in traffic.answers)
+    return arm.result() | {"distinct_answers": len(set(texts)) / len(texts), "prompt_tokens": round(prompt_tokens)}
+
+
+def warm_weights(server, embed_VD, seed):
+    """A draft that has learned code: 8,000 answer tokens of its own traffic."""
+    _, weights = read_draft(server.paths.version(1))
+    arm = Arm(server, [f"trainer.seed={seed}"], weights, embed_VD, is_fresh=True)
+    receiver = SampleReceiver(server.paths.samples_endpoint)
+    prompts = prefixed_prompts("code", seed, NUM_PREFIXES, NUM_TURNS)
+    traffic = Traffic(server.base_url, prompts, NUM_USERS, Sampling(max_tokens=160))
+    traffic.start()
+    while arm.num_tokens < 8000:
+        while arm.take(receiver, 0.0 if arm.learner.is_due else 0.02):
+            pass
+        arm.train()
+    traffic.stop()
+    until(lambda: not arm.take(receiver, 0.5), 60)
+    receiver.close()
+    return arm.learner.trainer.weights(), arm.result()["accept_length_last_quarter"]
+
+
+def run_seed(seed, num_tokens, rows):
+    embed_VD = read_embedding(WORLD).float()
+    with serving(free_port()) as server:
+        _, fresh = read_draft(server.paths.version(1))
+        warm, warm_length = warm_weights(server, embed_VD, seed)
+        print(f"seed {seed}: the warm draft has accept length {warm_length} on code", flush=True)
+        for start, weights in (("fresh", fresh), ("warm", warm)):
+            for mode, overrides in ARMS[start].items():
+                row = run_arm(server, start, overrides, weights, embed_VD, seed, num_tokens)
+                rows.append({"seed": seed, "start": start, "mode": mode, **row})
+                print(json.dumps(rows[-1]), flush=True)
+
+
+def summary(rows):
+    """Mean over seeds by arm, with the smallest and largest."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["start"], row["mode"]].append(row)
+    table = []
+    for (start, mode), found in groups.items():
+        line = {"start": start, "mode": mode, "seeds": len(found)}
+        for key in found[0]:
+            values = [row[key] for row in found if isinstance(row[key], int | float) and key != "seed"]
+            if values:
+                line[key] = [round(v, 3) for v in (statistics.mean(values), min(values), max(values))]
+        table.append(line)
+    return table
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=10_000)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+    for seed in range(1, options.seeds + 1):
+        if seed in {row["seed"] for row in rows}:
+            continue
+        run_seed(seed, options.tokens, rows)
+        provenance = {
+            "command": " ".join(["python", *sys.argv]),
+            "commit": commit(),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "platform": platform.platform(),
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+        }
+        report = {**provenance, "swap_steps": SWAP_STEPS, "summary": summary(rows), "rows": rows}
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""A real server under traffic for the benchmarks: `onlinespec serve` of the demo world with its sidecar left to us."""
+
+import asyncio
+import contextlib
+import itertools
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import openai
+
+from onlinespec.bench.client import Answer, Prompt, Sampling, ask
+from onlinespec.draft.checkpoint import read_draft, write_draft
+from onlinespec.draft.header import digest
+from onlinespec.paths import RunPaths
+from onlinespec.wire.messages import Swap
+from onlinespec.wire.sockets import ControlClient
+from onlinespec.world import WORLD
+from onlinespec.world.corpus import live
+
+READY_S = 300
+
+
+@dataclass
+class LiveServer:
+    """One server; `versions` of ours live in its run directory without a journal."""
+
+    paths: RunPaths
+    base_url: str
+    num_versions: int = 1
+    longest_swap_s: float = 0.0
+
+    def swap(self, weights: dict) -> int:
+        """Put weights in service; the version's number."""
+        config, _ = read_draft(self.paths.version(1))
+        self.num_versions += 1
+        folder = self.paths.version(self.num_versions)
+        write_draft(folder, config, weights)
+        control = ControlClient(self.paths.control_endpoint)
+        ack = control.acknowledged(Swap(self.num_versions, str(folder), digest(folder)))
+        assert ack.is_ok, ack.message
+        self.longest_swap_s = max(self.longest_swap_s, ack.duration_s)
+        return self.num_versions
+
+    def flush(self) -> None:
+        """Forget cached prefixes; wants an idle server."""
+        request = urllib.request.Request(f"{self.base_url}/flush_cache", method="POST")
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert answer.status == 200, answer.status
+
+
+@contextlib.contextmanager
+def serving(port: int, sets: Sequence[str] = ()) -> Iterator[LiveServer]:
+    """Boot, yield, stop."""
+    with tempfile.TemporaryDirectory(prefix="osb-") as root:
+        paths = RunPaths(root)
+        paths.create()
+        flags = ["--port", str(port), "--random-seed", "1", "--log-level", "warning"]
+        ours = ["--draft", "init", "--run-dir", root, "--set", "supervisor.sidecar=false"]
+        ours += [part for value in sets for part in ("--set", value)]
+        command = [sys.executable, "-m", "onlinespec.cli", "serve", str(WORLD), *ours, *flags]
+        with paths.log.open("wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            deadline_s = time.monotonic() + READY_S
+            while "onlinespec: ready" not in (text := paths.log.read_text(errors="replace")):
+                if process.poll() is not None or time.monotonic() > deadline_s:
+                    raise SystemExit(f"the server did not become ready: {text[-2000:]}")
+                time.sleep(0.3)
+            yield LiveServer(paths, f"http://127.0.0.1:{port}")
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(120)
+
+
+def prefixed_prompts(domain: str, seed: int, num_prefixes: int, num_turns: int) -> Iterator[Prompt]:
+    """Live questions behind one of a few fixed beginnings of `num_turns` earlier turns, in turn."""
+    stream = live(domain, seed)
+    prefixes = []
+    for _ in range(num_prefixes):
+        turns = list(itertools.islice(stream, num_turns))
+        messages = [({"role": "user", "content": t.user}, {"role": "assistant", "content": t.answer}) for t in turns]
+        prefixes.append(tuple(itertools.chain.from_iterable(messages)))
+    for prefix in itertools.cycle(prefixes):
+        yield Prompt(domain, (*prefix, {"role": "user", "content": next(stream).user}))
+
+
+@dataclass
+class Traffic:
+    """Users in a thread of their own until `stop`; `answers` in the order they ended."""
+
+    base_url: str
+    prompts: Iterator[Prompt]
+    num_users: int
+    sampling: Sampling
+    answers: list[Answer] = field(default_factory=list)
+    _stopping: threading.Event = field(default_factory=threading.Event)
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._drive()), daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    async def _drive(self) -> None:
+        async with openai.AsyncOpenAI(base_url=f"{self.base_url}/v1", api_key="none", timeout=600) as client:
+
+            async def user() -> None:
+                while not self._stopping.is_set():
+                    self.answers.append(await ask(client, str(WORLD), next(self.prompts), self.sampling))
+
+            await asyncio.gather(*(user() for _ in range(self.num_users)))
+
+
+def until(is_done: Callable[[], bool], timeout_s: float) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not is_done():
+        assert time.monotonic() < deadline_s, f"not within {timeout_s} s"
+        time.sleep(0.05)
+
+
+def commit() -> str:
+    """The commit this was measured on, with a + where the tree had changes."""
+    root = Path(__file__).parent.parent
+    words = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12"]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
