@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from onlinespec.draft.model import Draft
-from onlinespec.errors import ConfigError
 
 
 class Adapter(nn.Module):
@@ -30,37 +29,6 @@ class Adapter(nn.Module):
 
     def forward(self, weight_OI: torch.Tensor) -> torch.Tensor:
         return torch.addmm(weight_OI, self.lora_b, self.lora_a, alpha=self.scale)
-
-
-def adapted_names(shapes: Mapping[str, tuple[int, ...]], targets: Sequence[str], frozen: frozenset[str]) -> list[str]:
-    """The weights that get an adapter: matrices whose module has a target's name, less the frozen ones.
-
-    shapes: of a checkpoint's tensors, by name.
-
-    Raises: ConfigError where a target names no matrix, or every one it names is frozen.
-    """
-    matrices = {name: name.removesuffix(".weight").rpartition(".")[2] for name in shapes if len(shapes[name]) == 2}
-    unknown = sorted(set(targets) - set(matrices.values()))
-    if unknown:
-        raise ConfigError(
-            f"trainer.lora_targets names {unknown[0]}, wanted one of {', '.join(sorted(set(matrices.values())))}"
-        )
-    names = [name for name, module in matrices.items() if module in targets and name not in frozen]
-    if not names:
-        raise ConfigError(
-            f"trainer.lora_targets is {', '.join(targets)}, all of which trainer.kv_mode freezes; add q_proj or o_proj"
-        )
-    return names
-
-
-def check_rank(shapes: Mapping[str, tuple[int, ...]], names: Sequence[str], rank: int) -> None:
-    """Raises: ConfigError where an adapter would have more rank than its matrix."""
-    for name in names:
-        if rank > min(shapes[name]):
-            raise ConfigError(
-                f"trainer.lora_rank is {rank}, wanted at most {min(shapes[name])} for {name} {list(shapes[name])};"
-                " lower it, or take the matrix out of trainer.lora_targets"
-            )
 
 
 def add_adapters(draft: Draft, names: Sequence[str], rank: int, alpha: float, generator: torch.Generator) -> None:

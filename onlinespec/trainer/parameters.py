@@ -10,10 +10,10 @@ import torch
 
 from onlinespec.config import TrainerConfig
 from onlinespec.draft.config import DraftConfig
-from onlinespec.draft.freeze import frozen_names
 from onlinespec.draft.header import canonical_names
-from onlinespec.draft.lora import adapted_names, add_adapters, check_rank, merged
+from onlinespec.draft.lora import add_adapters, merged
 from onlinespec.draft.model import Draft
+from onlinespec.draft.trainable import adapted_names, check_rank, frozen_names
 
 
 class Parameters:

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from onlinespec.config import TrainerConfig
-from onlinespec.draft.freeze import frozen_names
 from onlinespec.draft.header import canonical_names
 from onlinespec.draft.model import Draft
 from onlinespec.draft.rows import build_rows, draft_positions
+from onlinespec.draft.trainable import frozen_names
 from onlinespec.errors import ConfigError
 from onlinespec.trainer.step import Trainer
 from tests.draft.tiny import CONFIG, build_draft, build_embedding, build_sample

@@ -1,14 +1,15 @@
-"""What a KV mode freezes is what makes the server's draft KV."""
+"""What a KV mode freezes is what makes the server's draft KV; what of the rest gets an adapter."""
 
 import pytest
 import torch
 
-from onlinespec.draft.freeze import frozen_names
 from onlinespec.draft.header import canonical_names
 from onlinespec.draft.rows import build_rows
+from onlinespec.draft.trainable import adapted_names, check_rank, frozen_names
 from onlinespec.errors import ConfigError
-from tests.draft.tiny import LoopDraft, build_draft, build_embedding, build_sample
+from tests.draft.tiny import CONFIG, LoopDraft, build_draft, build_embedding, build_sample
 
+SHAPES = canonical_names(CONFIG)
 CHANGES = {"fc_norm": True, "norm_before_fc": True}
 
 
@@ -60,3 +61,30 @@ def test_the_unroll_of_a_stable_change_reads_the_same_context():
         draft.lm_head.weight.mul_(2.0)
 
     torch.testing.assert_close(draft.unroll(rows), 2 * before)
+
+
+def test_frozen_matrices_get_no_adapter():
+    frozen = frozenset({"midlayer.self_attn.k_proj.weight"})
+
+    names = adapted_names(SHAPES, ["k_proj", "o_proj"], frozen)
+
+    assert names == ["midlayer.self_attn.o_proj.weight"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "frozen", "message"),
+    [
+        (["w_proj"], frozenset(), r"lora_targets names w_proj, wanted one of down_proj, fc"),
+        (["fc"], frozenset({"fc.weight"}), r"lora_targets is fc, all of which trainer\.kv_mode freezes"),
+    ],
+)
+def test_targets_that_leave_nothing_are_config_errors(targets, frozen, message):
+    with pytest.raises(ConfigError, match=message):
+        adapted_names(SHAPES, targets, frozen)
+
+
+def test_a_rank_above_the_shape_is_a_config_error():
+    check_rank(SHAPES, ["fc.weight"], rank=16)
+
+    with pytest.raises(ConfigError, match=r"trainer\.lora_rank is 17, wanted at most 16 for fc\.weight \[16, 48\]"):
+        check_rank(SHAPES, ["fc.weight"], rank=17)
