@@ -66,21 +66,24 @@ def build_fresh_draft(
     else:
         config = read_draft_config(config_path)
         check_fit(config_path, config, target, context_tokens)
-    generator = torch.Generator().manual_seed(seed)
-    weights = {}
-    for name, shape in canonical_names(config).items():
-        if len(shape) == 1:
-            weights[name] = torch.ones(shape)
-        else:
-            weights[name] = torch.randn(shape, generator=generator) * shape[1] ** -0.5
-    weights["norm.weight"] = _read_tensor(target_path, "norm.weight", (config.hidden_size,)).float()
-    weights["lm_head.weight"] = _read_head(target_path, target).float()
+    weights = {
+        "norm.weight": _read_tensor(target_path, "norm.weight", (config.hidden_size,)).float(),
+        "lm_head.weight": _read_head(target_path, target).float(),
+    }
     if config.is_pruned:
         assert config_path is not None, "the target's own vocabulary is whole"
         weights["d2t"] = _read_map(Path(config_path), config)
         ids_W = target_ids(config_path, config, weights["d2t"])
         weights["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, ids_W, True)
         weights["lm_head.weight"] = weights["lm_head.weight"][ids_W]
+    generator = torch.Generator().manual_seed(seed)
+    for name, shape in canonical_names(config).items():
+        if name in weights:
+            continue
+        if len(shape) == 1:
+            weights[name] = torch.ones(shape)
+        else:
+            weights[name] = torch.randn(shape, generator=generator) * shape[1] ** -0.5
     return config, weights
 
 
