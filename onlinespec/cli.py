@@ -28,7 +28,9 @@ DEFAULT_RUN_DIR = Path("runs/default")
 def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Target: a model directory, or a Hugging Face id.")],
-    draft: Annotated[str, typer.Option(help="Directory of an EAGLE-3 draft, or `init` for an untrained one.")],
+    draft: Annotated[
+        str, typer.Option(help="An EAGLE-3 draft's directory; `init` or `init:CONFIG` for an untrained one.")
+    ],
     run_dir: RunDir = DEFAULT_RUN_DIR,
     config: ConfigFiles = None,
     override: Overrides = None,

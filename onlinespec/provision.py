@@ -20,6 +20,7 @@ from onlinespec.versions.manifest import Provenance
 from onlinespec.versions.store import VersionStore
 
 FRESH = "init"
+FRESH_IN_SHAPE = "init:"
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def resolve_model(model: str) -> Path:
 def provision_draft(target: Path, draft: str, paths: RunPaths, context_tokens: int, seed: int) -> Provision:
     """Resume the incumbent, or make version 1 of a fresh or a given draft.
 
+    draft: a directory, `init` for a fresh one, `init:CONFIG` for a fresh one in the shape of a draft's config.
     context_tokens: the server's --context-length; 0 means the target's own.
     Raises: CheckpointError where the draft does not fit; VersionError where the store is another target's.
     """
@@ -69,8 +71,9 @@ def provision_draft(target: Path, draft: str, paths: RunPaths, context_tokens: i
         store.verify(manifest.version)
         notices = (f"resuming draft version {manifest.version}, the last one in service; --draft {draft} is not read",)
         return Provision(paths.version(manifest.version), manifest.version, digest, context, notices)
-    if draft == FRESH:
-        config, weights = build_fresh_draft(target, seed)
+    if draft == FRESH or draft.startswith(FRESH_IN_SHAPE):
+        shape = draft.removeprefix(FRESH_IN_SHAPE) if draft != FRESH else None
+        config, weights = build_fresh_draft(target, seed, shape, context)
         notices = (
             "starting from an untrained draft: until it has learned, a verify step emits about one token and costs"
             " more than a plain decode step; expect lower speed at first",

@@ -28,6 +28,7 @@ REFUSED_FLAGS = {
 UNCAPTURED_FLAGS = {
     "--speculative-use-rejection-sampling": "rejection sampling breaks the accept walk",
     "--speculative-adaptive": "the draft depth changes under way",
+    "--speculative-draft-window-size": "a draft that forgets all but the last tokens is not what is trained",
 }
 OUR_ARGUMENTS = {
     "--model-path": "give the model as the first argument",

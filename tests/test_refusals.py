@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from onlinespec.config import Config
-from onlinespec.draft.checkpoint import write_draft
+from onlinespec.draft.checkpoint import read_draft, write_draft
 from onlinespec.draft.fresh import build_fresh_draft
 from onlinespec.errors import OnlinespecError, SiteError, StartError
 from onlinespec.launch import read_launch
@@ -103,7 +103,7 @@ WRONG_DRAFTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "EAGLE": (
         lambda folder: edit_json(folder, "LlamaForCausalLMEagle3", "LlamaForCausalLMEagle"),
-        ("architectures is ['LlamaForCausalLMEagle'] (EAGLE, not EAGLE-3)", "wanted ['LlamaForCausalLMEagle3']"),
+        ("architectures is ['LlamaForCausalLMEagle'], wanted ['LlamaForCausalLMEagle3']", "EAGLE, not EAGLE-3"),
     ),
     "no draft vocabulary": (
         lambda folder: edit_json(folder, '"draft_vocab_size": 29,', ""),
@@ -163,6 +163,23 @@ def test_a_draft_that_fits_becomes_version_1_and_the_server_is_told_to_load_it(a
     assert made.environment["ONLINESPEC_RUN_DIR"] == str(made.paths.root)
     assert load_file(made.paths.version(1) / WEIGHTS).keys() == load_file(draft / WEIGHTS).keys()
     assert any("untrained draft" in notice for notice in made.notices) == (given == "init")
+
+
+def test_a_fresh_draft_in_a_given_shape_becomes_version_1(ask, draft: Path):
+    other_shape(draft, num_layers=2, intermediate_size=40)
+
+    made = ask(draft=f"init:{draft / 'config.json'}")
+
+    assert read_draft(made.paths.version(1))[0] == read_draft(draft)[0]
+    assert load_file(made.paths.version(1) / WEIGHTS)["fc.weight"].shape == (16, 48)
+    assert any("untrained draft" in notice for notice in made.notices)
+
+
+def test_a_fresh_draft_in_the_shape_of_another_target_is_refused(ask, draft: Path):
+    other_shape(draft, vocab_size=31, draft_vocab_size=31)
+
+    with pytest.raises(OnlinespecError, match=r"vocab_size is 31, wanted the target's 29"):
+        ask(draft=f"init:{draft}")
 
 
 def test_a_run_directory_resumes_on_its_incumbent_and_says_that_the_draft_is_not_read(ask, draft: Path):

@@ -33,6 +33,7 @@ UNCAPTURED = {
     "--speculative-eagle-topk=2": "--speculative-eagle-topk 2",
     "--speculative-use-rejection-sampling": "--speculative-use-rejection-sampling",
     "--speculative-adaptive": "--speculative-adaptive",
+    "--speculative-draft-window-size 512": "--speculative-draft-window-size",
     "--quantization fp8": "--quantization fp8",
 }
 PLAIN = (

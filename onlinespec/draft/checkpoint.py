@@ -1,6 +1,8 @@
 """Draft checkpoints on disk: config.json beside model.safetensors, the form SGLang loads.
 
 What is read is checked first by its header (see `header`), then by its values.
+
+W draft vocabulary.
 """
 
 import json
@@ -10,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from onlinespec.draft.config import CONFIG_FILE, DraftConfig, read_draft_config
-from onlinespec.draft.header import WEIGHTS_FILE, canonical_names, check_names, read_header
+from onlinespec.draft.header import WEIGHTS_FILE, canonical_name, canonical_names, check_names, read_header
 from onlinespec.errors import CheckpointError
 
 
 def read_draft(path: Path | str) -> tuple[DraftConfig, dict[str, torch.Tensor]]:
-    """A draft directory's config and tensors, on the CPU, in the dtype of the file.
+    """A draft directory's config and tensors, on the CPU, in the dtype of the file, by their canonical names.
 
     Raises: CheckpointError where anything is missing, unknown, of another shape or dtype, or not finite.
     """
@@ -23,7 +25,9 @@ def read_draft(path: Path | str) -> tuple[DraftConfig, dict[str, torch.Tensor]]:
     config = read_draft_config(folder)
     file = folder / WEIGHTS_FILE
     check_names(file, read_header(file), config)
-    weights = {name: tensor for name, tensor in load_file(file).items() if name in canonical_names(config)}
+    wanted = canonical_names(config)
+    spelt = {canonical_name(name): tensor for name, tensor in load_file(file).items()}
+    weights = {name: tensor for name, tensor in spelt.items() if name in wanted}
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(
@@ -31,17 +35,24 @@ def read_draft(path: Path | str) -> tuple[DraftConfig, dict[str, torch.Tensor]]:
                 f"none; go back to an earlier version"
             )
     if config.is_pruned:
-        _check_map(file, config, weights["d2t"])
+        target_ids(file, config, weights["d2t"])
     return config, weights
 
 
-def _check_map(file: Path, config: DraftConfig, d2t_W: torch.Tensor) -> None:
+def target_ids(source: Path | str, config: DraftConfig, d2t_W: torch.Tensor) -> torch.Tensor:
+    """The target's id of each draft id, from their offsets; `source` names the file in errors.
+
+    Shapes: int64 [W] to int64 [W].
+
+    Raises: CheckpointError where two draft ids are one target id, or an id is none of the target's.
+    """
     ids_W = d2t_W + torch.arange(config.draft_vocab_size)
     if int(ids_W.min()) < 0 or int(ids_W.max()) >= config.vocab_size or ids_W.unique().numel() != ids_W.numel():
         raise CheckpointError(
-            f"{file}: d2t maps to ids {int(ids_W.min())} to {int(ids_W.max())}, wanted {ids_W.numel()} distinct ones "
+            f"{source}: d2t maps to ids {int(ids_W.min())} to {int(ids_W.max())}, wanted {ids_W.numel()} distinct ones "
             f"below {config.vocab_size}; d2t holds offsets (target id - draft id), not ids"
         )
+    return ids_W
 
 
 def write_draft(path: Path | str, config: DraftConfig, weights: dict[str, torch.Tensor]) -> None:

@@ -3,6 +3,16 @@
 The fields of `DraftConfig` are those of SGLang's `LlamaForCausalLMEagle3` that change its numbers; a value
 that we do not reproduce is refused here, so that the trainer never learns for another model than the one
 that is served.
+
+Aux layers on or off. Normally the draft reads `fc` of several captured hidden states. SGLang leaves `fc` and
+the norms before it out where what it is fed is already as wide as the draft, which happens in two ways:
+`eagle_config.use_aux_hidden_state: false`, where nothing is captured and the draft reads what the target's
+own lm_head reads (after the final norm: what EAGLE, without 3, trained on), and a single captured layer. The
+server feeds the tap from the same tensor as the draft, so rows then carry that state.
+
+Source: sglang 0.5.23, srt/model_executor/model_runner_components/spec_aux_hidden_state.py,
+_resolve_eagle_aux_hidden_state; srt/layers/logits_processor.py, _get_hidden_states_to_store;
+srt/models/llama_eagle3.py, LlamaModel.forward.
 """
 
 import json
@@ -14,11 +24,21 @@ from onlinespec.errors import CheckpointError
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 CONFIG_FILE = "config.json"
+_OTHER_ARCHITECTURES = {
+    "LlamaForCausalLMEagle": "that is EAGLE, not EAGLE-3",
+    "Qwen2ForCausalLMEagle": "that is EAGLE, not EAGLE-3",
+    "MistralForCausalLMEagle": "that is EAGLE, not EAGLE-3",
+    "Eagle3DeepseekV2ForCausalLM": "multi-head latent attention is not reproduced",
+}
+_OTHER_DECODERS = {
+    "llama4_text": "SGLang gives that layer an MLP of intermediate_size_mlp: write llama, and that width as"
+    " intermediate_size",
+}
 
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """Shape and numerics of one EAGLE-3 layer.
+    """Shape and numerics of an EAGLE-3 draft.
 
     Source: sglang 0.5.23, srt/models/llama_eagle3.py, LlamaModel and LlamaForCausalLMEagle3.
     """
@@ -35,10 +55,14 @@ class DraftConfig:
     rms_norm_eps: float
     rope_theta: float
     max_position_embeddings: int
+    num_layers: int = 1
+    """decoder layers; the first reads embedding and hidden state, the others the hidden state of the one below"""
     num_aux: int = 3
-    """target hidden states read per row"""
+    """target hidden states read per row; 1 where use_aux is False"""
     aux_layers: tuple[int, ...] | None = None
     """target layers whose output is read; None means SGLang's default, the inputs of 2, n//2 and n-3"""
+    use_aux: bool = True
+    """False: nothing is captured, the draft reads the target's last hidden state, after its final norm"""
     rope_llama3: tuple[float, float, float, int] | None = None
     """factor, low and high frequency factor, original positions; None means plain RoPE"""
     norm_output: bool = False
@@ -49,6 +73,15 @@ class DraftConfig:
     """one norm over all captured states before fc"""
     dtype: str = "float32"
     """what `--dtype auto` serves the draft in"""
+
+    def __post_init__(self) -> None:
+        assert self.use_aux or (self.num_aux, self.aux_layers) == (1, None), "without aux layers, one state is read"
+        assert self.has_fc or not (self.fc_norm or self.norm_before_fc), "these norms stand before fc"
+
+    @property
+    def has_fc(self) -> bool:
+        """What is read is wider than the draft, so SGLang puts fc and the norms before it in front."""
+        return self.num_aux * self.target_hidden_size != self.hidden_size
 
     @property
     def is_pruned(self) -> bool:
@@ -72,7 +105,7 @@ class DraftConfig:
             "hidden_size": self.hidden_size,
             "target_hidden_size": self.target_hidden_size,
             "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": 1,
+            "num_hidden_layers": self.num_layers,
             "num_attention_heads": self.num_heads,
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
@@ -95,6 +128,8 @@ class DraftConfig:
                 "eagle_aux_hidden_state_layer_ids": list(self.aux_layers),
                 "use_aux_hidden_state": True,
             }
+        if not self.use_aux:
+            raw["eagle_config"] = {"use_aux_hidden_state": False}
         return raw
 
 
@@ -166,11 +201,12 @@ def read_target(path: Path | str) -> TargetFacts:
 
 
 def read_draft_config(path: Path | str) -> DraftConfig:
-    """The config.json of a draft directory.
+    """The config.json of a draft directory, or a *.json of that form.
 
-    Raises: CheckpointError where it is no one-layer EAGLE-3 draft, or of a kind that we do not reproduce.
+    Raises: CheckpointError where it is no EAGLE-3 draft, or of a kind that we do not reproduce.
     """
-    source = Path(path) / CONFIG_FILE
+    source = Path(path)
+    source = source if source.suffix == ".json" else source / CONFIG_FILE
     return parse_draft_config(read_json(source), source)
 
 
@@ -182,15 +218,17 @@ def parse_draft_config(raw: dict[str, Any], source: Path | str) -> DraftConfig:
     fields = _Fields(raw, source)
     _refuse_foreign(fields)
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    eagle = raw.get("eagle_config") or {}
-    layers = eagle.get("eagle_aux_hidden_state_layer_ids")
+    target_hidden = fields.integer("target_hidden_size", hidden)
     vocab = fields.integer("vocab_size")
     theta, llama3, rope_type = fields.rope()
     if rope_type not in ("default", "llama3"):
         raise fields.error("rope_type", rope_type, "default or llama3", "retrain the draft with plain RoPE")
+    use_aux, layers, num_aux = _read_aux(fields)
+    has_fc = num_aux * target_hidden != hidden
+    eagle = raw.get("eagle_config") or {}
     config = DraftConfig(
         hidden_size=hidden,
-        target_hidden_size=fields.integer("target_hidden_size", hidden),
+        target_hidden_size=target_hidden,
         intermediate_size=fields.integer("intermediate_size"),
         num_heads=heads,
         num_kv_heads=fields.integer("num_key_value_heads", heads),
@@ -201,15 +239,36 @@ def parse_draft_config(raw: dict[str, Any], source: Path | str) -> DraftConfig:
         rope_theta=theta,
         rope_llama3=llama3,
         max_position_embeddings=fields.integer("max_position_embeddings", 2048),
-        num_aux=fields.integer("num_aux_hidden_states", len(layers) if layers else 3),
-        aux_layers=tuple(layers) if layers else None,
+        num_layers=fields.integer("num_hidden_layers", 1),
+        num_aux=num_aux,
+        aux_layers=layers,
+        use_aux=use_aux,
         norm_output=bool(raw.get("norm_output", False)),
-        fc_norm=bool(raw.get("fc_norm") or raw.get("use_aux_norm", False)),
-        norm_before_fc=bool(eagle.get("norm_before_fc", raw.get("norm_before_fc", False))),
+        fc_norm=has_fc and bool(raw.get("fc_norm") or raw.get("use_aux_norm", False)),
+        norm_before_fc=has_fc and bool(eagle.get("norm_before_fc", raw.get("norm_before_fc", False))),
         dtype=fields.dtype(),
     )
     _check_consistent(config, fields)
     return config
+
+
+def _read_aux(fields: "_Fields") -> tuple[bool, tuple[int, ...] | None, int]:
+    """use_aux, aux_layers and num_aux, by SGLang's own precedence.
+
+    Source: sglang 0.5.23, _resolve_eagle_aux_hidden_state; srt/models/llama_eagle3.py, LlamaModel.__init__.
+    """
+    raw, name = fields.raw, "eagle_aux_hidden_state_layer_ids"
+    eagle = raw.get("eagle_config") or {}
+    if not eagle.get("use_aux_hidden_state", True):
+        return False, None, 1
+    layers = eagle.get(name)
+    if layers is None and raw.get(name) is not None:
+        advice = "SGLang reads it nowhere else and would capture its default layers: move it"
+        raise fields.error(name, f"{raw[name]} at top level", "it inside eagle_config", advice)
+    if layers is not None and not (layers and all(type(layer) is int for layer in layers)):
+        raise fields.error(f"eagle_config.{name}", layers, "a list of layers", "leave it out for SGLang's default")
+    num_aux = fields.integer("num_aux_hidden_states", len(layers) if layers else 3)
+    return True, tuple(layers) if layers else None, num_aux
 
 
 def _refuse_foreign(fields: "_Fields") -> None:
@@ -217,19 +276,21 @@ def _refuse_foreign(fields: "_Fields") -> None:
     raw = fields.raw
     found = raw.get("architectures")
     if found != [ARCHITECTURE]:
-        is_eagle = isinstance(found, list) and found and "eagle" in str(found[0]).lower()
-        what = f"{found} (EAGLE, not EAGLE-3)" if is_eagle and "eagle3" not in str(found).lower() else found
-        raise fields.error(
-            "architectures", what, [ARCHITECTURE], "give an EAGLE-3 draft, or start one with --draft init"
-        )
+        name = str(found[0]) if isinstance(found, list) and found else ""
+        advice = "give an EAGLE-3 draft, or start one with --draft init"
+        if name in _OTHER_ARCHITECTURES:
+            advice = f"{_OTHER_ARCHITECTURES[name]}: {advice}"
+        elif "eagle3" in name.lower():
+            advice = f"no other decoder is reproduced, and SGLang 0.5.23 may not have it: {advice}"
+        raise fields.error("architectures", found, [ARCHITECTURE], advice)
     if "quantization_config" in raw:
         raise fields.error(
             "quantization_config", "a quantised draft", "none", "give the draft in float32, bfloat16 or float16"
         )
+    other = "SGLang would fill what is left out with that model's defaults: write llama, with head_dim and rope_theta"
     wanted = {
-        "num_hidden_layers": (1, "drafts of several layers are not supported yet"),
-        "model_type": ("llama", "convert the draft, or start one with --draft init"),
-        "hidden_act": ("silu", "no other activation is reproduced"),
+        "model_type": ("llama", _OTHER_DECODERS.get(str(raw.get("model_type")), other)),
+        "hidden_act": ("silu", "SGLang's LlamaMLP takes no other"),
         "tie_word_embeddings": (False, "SGLang would ignore the draft's lm_head; set it to false"),
         "attention_bias": (False, "biases are not reproduced"),
         "bias": (False, "biases are not reproduced"),
@@ -239,10 +300,6 @@ def _refuse_foreign(fields: "_Fields") -> None:
     for name, (value, advice) in wanted.items():
         if raw.get(name, value) != value:
             raise fields.error(name, raw[name], value, advice)
-    if (raw.get("eagle_config") or {}).get("use_aux_hidden_state", True) is not True:
-        raise fields.error(
-            "eagle_config.use_aux_hidden_state", False, True, "that is EAGLE, not EAGLE-3: give another draft"
-        )
 
 
 def _check_consistent(config: DraftConfig, fields: "_Fields") -> None:
@@ -260,10 +317,6 @@ def _check_consistent(config: DraftConfig, fields: "_Fields") -> None:
     if config.num_heads % config.num_kv_heads:
         raise fields.error(
             "num_key_value_heads", config.num_kv_heads, f"a divisor of {config.num_heads}", "fix config.json"
-        )
-    if config.num_aux * config.target_hidden_size == config.hidden_size:
-        raise fields.error(
-            "num_aux_hidden_states", config.num_aux, "at least 2 (SGLang skips fc)", "capture three layers"
         )
 
 

@@ -22,6 +22,8 @@ _MAX_HEADER_BYTES = 100 * 2**20
 _SAMPLE_BYTES = 1024
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _FLOATS = ("F32", "BF16", "F16")
+_SPELLINGS = {"layers.0.": "midlayer.", "aux_norm_low.": "fc_norm.0.", "aux_norm_mid.": "fc_norm.1."}
+_SPELLINGS["aux_norm_high."] = "fc_norm.2."
 
 
 @dataclass(frozen=True)
@@ -37,27 +39,17 @@ class TensorHeader:
 def canonical_names(config: DraftConfig) -> dict[str, tuple[int, ...]]:
     """Every name a checkpoint of this draft holds, with its shape: the allow-list of read, write and swap.
 
-    `d2t` and `t2d` (int64 offsets and a bool mask) are among them only where the vocabulary is pruned.
+    The first decoder layer is `midlayer`, the others `layers.1` and on. `d2t` and `t2d` (int64 offsets and a
+    bool mask) are among them only where the vocabulary is pruned.
 
     Source: sglang 0.5.23, srt/models/llama_eagle3.py.
     """
     dim, aux_dim = config.hidden_size, config.num_aux * config.target_hidden_size
-    q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    names: dict[str, tuple[int, ...]] = {
-        "fc.weight": (dim, aux_dim),
-        "midlayer.input_layernorm.weight": (dim,),
-        "midlayer.hidden_norm.weight": (dim,),
-        "midlayer.post_attention_layernorm.weight": (dim,),
-        "midlayer.self_attn.q_proj.weight": (q_dim, 2 * dim),
-        "midlayer.self_attn.k_proj.weight": (kv_dim, 2 * dim),
-        "midlayer.self_attn.v_proj.weight": (kv_dim, 2 * dim),
-        "midlayer.self_attn.o_proj.weight": (dim, q_dim),
-        "midlayer.mlp.gate_proj.weight": (config.intermediate_size, dim),
-        "midlayer.mlp.up_proj.weight": (config.intermediate_size, dim),
-        "midlayer.mlp.down_proj.weight": (dim, config.intermediate_size),
-        "norm.weight": (dim,),
-        "lm_head.weight": (config.draft_vocab_size, dim),
-    }
+    names: dict[str, tuple[int, ...]] = {"fc.weight": (dim, aux_dim)} if config.has_fc else {}
+    names |= {"midlayer.input_layernorm.weight": (dim,)} | _layer_names(config, "midlayer", 2 * dim)
+    for i in range(1, config.num_layers):
+        names |= _layer_names(config, f"layers.{i}", dim)
+    names |= {"norm.weight": (dim,), "lm_head.weight": (config.draft_vocab_size, dim)}
     if config.fc_norm:
         names |= {f"fc_norm.{i}.weight": (config.target_hidden_size,) for i in range(config.num_aux)}
     if config.norm_before_fc:
@@ -67,14 +59,61 @@ def canonical_names(config: DraftConfig) -> dict[str, tuple[int, ...]]:
     return names
 
 
+def _layer_names(config: DraftConfig, layer: str, input_dim: int) -> dict[str, tuple[int, ...]]:
+    """One decoder layer, without the norm that the first one alone puts on the embedding."""
+    dim, ffn_dim = config.hidden_size, config.intermediate_size
+    q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {
+        f"{layer}.hidden_norm.weight": (dim,),
+        f"{layer}.post_attention_layernorm.weight": (dim,),
+        f"{layer}.self_attn.q_proj.weight": (q_dim, input_dim),
+        f"{layer}.self_attn.k_proj.weight": (kv_dim, input_dim),
+        f"{layer}.self_attn.v_proj.weight": (kv_dim, input_dim),
+        f"{layer}.self_attn.o_proj.weight": (dim, q_dim),
+        f"{layer}.mlp.gate_proj.weight": (ffn_dim, dim),
+        f"{layer}.mlp.up_proj.weight": (ffn_dim, dim),
+        f"{layer}.mlp.down_proj.weight": (dim, ffn_dim),
+    }
+
+
+def canonical_name(name: str) -> str:
+    """A tensor's name as we write it, from any spelling that SGLang reads.
+
+    Source: sglang 0.5.23, srt/models/llama_eagle3.py, LlamaForCausalLMEagle3.load_weights (legacy_name_map).
+    """
+    name = name.removeprefix("model.")
+    for spelling, ours in _SPELLINGS.items():
+        if name.startswith(spelling):
+            return ours + name.removeprefix(spelling)
+    return name
+
+
+def is_unread(name: str, config: DraftConfig) -> bool:
+    """A tensor that SGLang has a place for and never reads: accepted in a checkpoint, not kept.
+
+    The embedding's norm of every layer but the first, and fc with its norms where SGLang leaves fc out.
+    """
+    if not config.has_fc and name.split(".")[0] in ("fc", "fc_norm", "input_norm"):
+        return True
+    return name in {f"layers.{i}.input_layernorm.weight" for i in range(1, config.num_layers)}
+
+
 def aux_layers(config: DraftConfig, num_layers: int) -> list[int]:
-    """Layers of the target whose *input* SGLang captures for this draft.
+    """Layers of the target whose *input* SGLang captures, in the order of a row. Empty where use_aux is False.
+
+    The one place where ids meet layers. An id in config.json names a layer by its output, as training does;
+    SGLang captures what a layer is given, so the output of layer i is taken at layer i + 1, and -1 is the
+    embedding. The default's three are inputs already. SGLang captures while it goes through the layers, so a
+    row is in ascending order whatever the order of the ids. (For a gpt-oss target SGLang does not add 1 where
+    the largest id is num_layers; `check_fit` refuses such ids.)
 
     Source: sglang 0.5.23, srt/models/llama.py, LlamaForCausalLM.set_eagle3_layers_to_capture.
     """
+    if not config.use_aux:
+        return []
     if config.aux_layers is None:
-        return [2, num_layers // 2, num_layers - 3]
-    return [layer + 1 for layer in config.aux_layers]
+        return sorted([2, num_layers // 2, num_layers - 3])
+    return sorted(layer + 1 for layer in config.aux_layers)
 
 
 def read_header(file: Path | str) -> dict[str, TensorHeader]:
@@ -125,19 +164,22 @@ def _check_sizes(file: Path, tensors: dict[str, TensorHeader], size: int, data_s
 
 
 def check_names(file: Path | str, tensors: dict[str, TensorHeader], config: DraftConfig) -> None:
-    """Hold a header against the allow-list.
+    """Hold a header against the allow-list, whatever the spelling of its names.
 
     Raises: CheckpointError naming the first tensor that is unknown, missing, or of another shape or dtype.
     """
     wanted = canonical_names(config)
+    spelt = {name: canonical_name(name) for name in tensors}
     embeds = [name for name in tensors if "embed_tokens" in name]
     if embeds:
         raise CheckpointError(
             f"{file}: holds {embeds[0]}, which is the target's own table in the server and would overwrite it; "
             f"remove it from the file"
         )
-    unknown = sorted(set(tensors) - set(wanted) - MAP_NAMES)
-    missing = sorted(set(wanted) - set(tensors) - {"t2d"})
+    known = wanted.keys() | MAP_NAMES
+    unknown = sorted(name for name, ours in spelt.items() if ours not in known and not is_unread(ours, config))
+    missing = sorted(wanted.keys() - set(spelt.values()) - {"t2d"})
+    twice = sorted(name for name, ours in spelt.items() if name != ours and ours in tensors)
     if unknown:
         raise CheckpointError(
             f"{file}: unknown tensor {unknown[0]} ({len(unknown)} unknown in all), which SGLang would skip "
@@ -147,9 +189,11 @@ def check_names(file: Path | str, tensors: dict[str, TensorHeader], config: Draf
         raise CheckpointError(
             f"{file}: {missing[0]} is missing ({len(missing)} missing in all); export the draft again"
         )
+    if twice:
+        raise CheckpointError(f"{file}: holds {twice[0]} and {spelt[twice[0]]}, two names of one tensor; remove one")
     for name, tensor in tensors.items():
-        if name in wanted:
-            _check_tensor(file, name, tensor, wanted[name])
+        if spelt[name] in wanted:
+            _check_tensor(file, spelt[name], tensor, wanted[spelt[name]])
 
 
 def _check_tensor(file: Path | str, name: str, tensor: TensorHeader, shape: tuple[int, ...]) -> None:
@@ -189,7 +233,8 @@ def check_fit(source: Path | str, config: DraftConfig, target: TargetFacts, cont
     if config.vocab_size != target.vocab_size:
         refuse("vocab_size", config.vocab_size, f"the target's {target.vocab_size}", another)
     layers = aux_layers(config, target.num_layers)
-    if len(set(layers)) != config.num_aux or not all(0 <= layer < target.num_layers for layer in layers):
+    is_captured = len(set(layers)) == config.num_aux and all(0 <= layer < target.num_layers for layer in layers)
+    if config.use_aux and not is_captured:
         # A layer named twice, or past the last, is captured once or never: fc would get too few features.
         refuse(
             "eagle_config.eagle_aux_hidden_state_layer_ids",

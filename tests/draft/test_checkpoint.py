@@ -1,11 +1,15 @@
 """Every way a checkpoint can be wrong is refused with the file or field, what was found and what was wanted."""
 
+import ast
 import hashlib
 import json
 import re
 import struct
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from onlinespec.draft.checkpoint import read_draft, write_draft
 from onlinespec.draft.config import parse_draft_config, read_target
 from onlinespec.draft.fresh import build_fresh_draft, fresh_config, read_embedding
 from onlinespec.draft.header import (
+    aux_layers,
     canonical_names,
     check_draft,
     digest,
@@ -57,9 +62,20 @@ def edit_weights(folder, changes):
     save_file(weights, folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("changes", [{}, {"draft_vocab_size": 11, "fc_norm": True}, {"norm_before_fc": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"aux_layers": (1, 3, 5), "rope_llama3": (8.0, 1.0, 4.0, 64)},
+        {"draft_vocab_size": 11, "fc_norm": True},
+        {"norm_before_fc": True},
+        {"num_layers": 3, "intermediate_size": 40, "num_heads": 6, "num_kv_heads": 3, "head_dim": 4},
+        {"num_aux": 1, "aux_layers": (6,)},
+        {"use_aux": False, "num_aux": 1, "norm_output": True},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
 def test_a_written_draft_reads_back_bit_for_bit(tmp_path, target, changes):
-    draft = build_draft(**changes, aux_layers=(1, 3, 5), rope_llama3=(8.0, 1.0, 4.0, 64))
+    draft = build_draft(**changes)
     write_draft(tmp_path / "out", draft.config, draft.weights())
 
     config, weights = read_draft(tmp_path / "out")
@@ -74,18 +90,28 @@ def test_a_written_draft_reads_back_bit_for_bit(tmp_path, target, changes):
     [
         (
             {"architectures": ["LlamaForCausalLMEagle"]},
-            r"is .*EAGLE, not EAGLE-3.*wanted \['LlamaForCausalLMEagle3'\]",
+            r"is .*wanted \['LlamaForCausalLMEagle3'\]; that is EAGLE, not EAGLE-3",
         ),
+        (
+            {"architectures": ["Eagle3DeepseekV2ForCausalLM"]},
+            r"is .*wanted \['LlamaForCausalLMEagle3'\]; multi-head latent attention is not reproduced",
+        ),
+        (
+            {"architectures": ["GptOssForCausalLMEagle3"]},
+            r"is .*wanted \['LlamaForCausalLMEagle3'\]; no other decoder is reproduced",
+        ),
+        ({"model_type": "llama4_text"}, "model_type is llama4_text, wanted llama; .*intermediate_size_mlp"),
+        ({"model_type": "qwen3"}, "model_type is qwen3, wanted llama; .*that model's defaults: write llama"),
         (
             {"architectures": ["LlamaForCausalLM"]},
             r"is \['LlamaForCausalLM'\], wanted .*Eagle3.*--draft init",
         ),
-        ({"num_hidden_layers": 2}, "num_hidden_layers is 2, wanted 1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, wanted a positive integer"),
+        ({"num_hidden_layers": 2}, r"layers\.1\..* is missing \(9 missing in all\)"),
         ({"quantization_config": {"bits": 4}}, "quantised draft, wanted none; .*bfloat16"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings is True, wanted False"),
         ({"attention_bias": True}, "attention_bias is True, wanted False"),
-        ({"hidden_act": "gelu"}, "hidden_act is gelu, wanted silu"),
-        ({"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state is False, wanted True"),
+        ({"hidden_act": "gelu"}, "hidden_act is gelu, wanted silu; SGLang's LlamaMLP takes no other"),
         ({"hidden_size": ...}, "hidden_size is missing, wanted a positive integer"),
         ({"hidden_size": 32, "target_hidden_size": 16}, "hidden_size is 32, wanted the target's 16"),
         ({"target_hidden_size": 32}, "target_hidden_size is 32, wanted the target's 16"),
@@ -93,7 +119,15 @@ def test_a_written_draft_reads_back_bit_for_bit(tmp_path, target, changes):
         ({"draft_vocab_size": 30}, "draft_vocab_size is 30, wanted at most vocab_size 29"),
         ({"draft_vocab_size": None}, "draft_vocab_size is missing, wanted 29.*swap would overwrite"),
         ({"num_aux_hidden_states": 4}, "layer_ids is the default, wanted 4 distinct"),
-        ({"num_aux_hidden_states": 1}, r"num_aux_hidden_states is 1, wanted at least 2"),
+        ({"num_aux_hidden_states": 1}, "layer_ids is the default, wanted 1 distinct"),
+        (
+            {"eagle_aux_hidden_state_layer_ids": [1, 3, 5]},
+            r"ids is \[1, 3, 5\] at top level, wanted it inside eagle_config; SGLang reads it nowhere else",
+        ),
+        (
+            {"eagle_config": {"eagle_aux_hidden_state_layer_ids": []}},
+            r"layer_ids is \[\], wanted a list of layers; leave it out",
+        ),
         (
             {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 3]}},
             "num_aux_hidden_states is 3, wanted 2, the number of eagle_aux_hidden_state_layer_ids",
@@ -157,6 +191,102 @@ def test_tensors_that_do_not_fit_are_refused_by_name(folder, target, changes, me
         check_draft(folder, read_target(target))
     with pytest.raises(CheckpointError, match=message):
         read_draft(folder)
+
+
+SPELLINGS = {
+    "midlayer.": "layers.0.",
+    "fc_norm.0.": "aux_norm_low.",
+    "fc_norm.1.": "aux_norm_mid.",
+    "fc_norm.2.": "aux_norm_high.",
+    "layers.1.": "model.layers.1.",
+    "norm.": "model.norm.",
+}
+
+
+def test_every_spelling_that_sglang_reads_is_read_and_ours_is_given_back(tmp_path, target):
+    draft = build_draft(num_layers=2, fc_norm=True)
+    write_draft(tmp_path, draft.config, draft.weights())
+    edit_config(tmp_path, fc_norm=..., use_aux_norm=True)
+    ours = load_file(tmp_path / "model.safetensors")
+    theirs = {}
+    for name, tensor in ours.items():
+        spelling = next((spelling for spelling in SPELLINGS if name.startswith(spelling)), "")
+        theirs[SPELLINGS.get(spelling, "") + name.removeprefix(spelling)] = tensor
+    save_file(theirs, tmp_path / "model.safetensors")
+
+    config, weights = read_draft(tmp_path)
+
+    assert len(ours.keys() & theirs.keys()) == 2
+    assert config == check_draft(tmp_path, read_target(target)) == draft.config
+    assert weights.keys() == ours.keys()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in weights.items())
+
+
+def test_one_tensor_under_two_names_is_refused(folder, target):
+    edit_weights(folder, {"layers.0.hidden_norm.weight": torch.ones(16)})
+
+    with pytest.raises(
+        CheckpointError, match=r"holds layers.0.hidden_norm.weight and midlayer.hidden_norm.weight, two"
+    ):
+        check_draft(folder, read_target(target))
+
+
+@pytest.mark.parametrize(
+    ("changes", "unread"),
+    [
+        ({"num_layers": 2}, {"layers.1.input_layernorm.weight": torch.ones(16)}),
+        ({"use_aux": False, "num_aux": 1}, {"fc.weight": torch.ones(16, 48), "input_norm.weight": torch.ones(48)}),
+    ],
+    ids=["norm of an embedding that no later layer reads", "fc where nothing is captured"],
+)
+def test_tensors_that_sglang_has_and_never_reads_may_be_there_and_are_not_kept(tmp_path, target, changes, unread):
+    draft = build_draft(**changes)
+    write_draft(tmp_path, draft.config, draft.weights())
+    edit_weights(tmp_path, unread)
+
+    assert check_draft(tmp_path, read_target(target)) == draft.config
+    assert read_draft(tmp_path)[1].keys() == draft.weights().keys()
+
+
+def test_the_aux_switch_of_eagle_is_read_and_what_stands_before_fc_is_then_dropped(folder):
+    raw = json.loads((folder / "config.json").read_text())
+    eagle = {"use_aux_hidden_state": False, "eagle_aux_hidden_state_layer_ids": [1, 3, 5], "norm_before_fc": True}
+
+    config = parse_draft_config(raw | {"eagle_config": eagle, "fc_norm": True}, "x")
+
+    assert (config.use_aux, config.num_aux, config.aux_layers, config.has_fc) == (False, 1, None, False)
+    assert (config.fc_norm, config.norm_before_fc) == (False, False)
+    assert config.to_json()["eagle_config"] == {"use_aux_hidden_state": False}
+    assert parse_draft_config(config.to_json(), "x") == config
+    assert aux_layers(config, 8) == []
+
+
+def sglang_layers_to_capture(module: str, num_layers: int, ids: list[int] | None) -> list[int]:
+    """What SGLang's own method makes of the ids, run out of its source: importing the model takes half a minute."""
+    source = Path(find_spec("sglang").origin).parent / "srt" / "models" / f"{module}.py"
+    name = "set_eagle3_layers_to_capture"
+    found = [n for n in ast.walk(ast.parse(source.read_text())) if isinstance(n, ast.FunctionDef) and n.name == name]
+    found[0].args.args[1].annotation = None
+    scope: dict = {}
+    exec(compile(ast.Module([found[0]], []), str(source), "exec"), scope)
+    model = SimpleNamespace(
+        pp_group=SimpleNamespace(is_last_rank=True),
+        config=SimpleNamespace(num_hidden_layers=num_layers),
+        model=SimpleNamespace(),
+    )
+    scope[name](model, ids)
+    return model.model.layers_to_capture
+
+
+@pytest.mark.parametrize("module", ["llama", "qwen2", "qwen3", "gpt_oss"])
+@pytest.mark.parametrize("ids", [None, (1, 3, 5), (-1, 11, 20), (9, 4, 1)])
+def test_layers_are_numbered_as_sglang_numbers_them_and_rows_go_upwards(module, ids):
+    config = build_draft(aux_layers=ids).config
+
+    found = aux_layers(config, 24)
+
+    # SGLang tests `i in layers_to_capture` while it goes through the layers: the order of the ids is lost.
+    assert found == sorted(sglang_layers_to_capture(module, 24, None if ids is None else list(ids)))
 
 
 def test_values_that_are_not_finite_are_refused_with_their_number(folder):
@@ -297,6 +427,49 @@ def test_a_fresh_draft_starts_from_the_targets_head_and_norm_and_fits_it(tmp_pat
     assert 0.1 < float(weights["fc.weight"].std()) * 48**0.5 < 2
     assert all(torch.equal(tensor, weights[name]) for name, tensor in build_fresh_draft(target, seed=5)[1].items())
     assert not torch.equal(weights["fc.weight"], build_fresh_draft(target, seed=6)[1]["fc.weight"])
+
+
+def test_a_fresh_draft_can_have_a_shape_of_its_own(tmp_path, target):
+    shape = {"num_layers": 2, "intermediate_size": 40, "num_heads": 6, "num_kv_heads": 3, "head_dim": 4}
+    wanted = build_draft(**shape, fc_norm=True, norm_output=True, aux_layers=(1, 3, 5)).config
+    (tmp_path / "mine.json").write_text(json.dumps(wanted.to_json()))
+
+    config, weights = build_fresh_draft(target, 5, tmp_path / "mine.json")
+
+    write_draft(tmp_path / "fresh", config, weights)
+    assert check_draft(tmp_path / "fresh", read_target(target)) == config == wanted
+    assert torch.equal(weights["lm_head.weight"], load_file(target / "model.safetensors")["lm_head.weight"])
+
+
+def test_a_fresh_draft_takes_a_pruned_vocabulary_from_the_draft_whose_shape_it_has(tmp_path, target):
+    given = build_draft(draft_vocab_size=11)
+    write_draft(tmp_path / "given", given.config, given.weights())
+
+    config, weights = build_fresh_draft(target, 5, tmp_path / "given")
+
+    write_draft(tmp_path / "fresh", config, weights)
+    head = load_file(target / "model.safetensors")["lm_head.weight"]
+    assert check_draft(tmp_path / "fresh", read_target(target)) == config == given.config
+    assert torch.equal(weights["lm_head.weight"], head[given.target_ids_W])
+    assert torch.equal(weights["d2t"], given.weights()["d2t"])
+    assert torch.equal(weights["t2d"], given.weights()["t2d"])
+
+
+def test_a_fresh_draft_of_a_pruned_vocabulary_without_a_map_is_refused_with_the_way_to_get_one(tmp_path, target):
+    mine = tmp_path / "mine.json"
+    mine.write_text(json.dumps(build_draft(draft_vocab_size=11).config.to_json()))
+    save_file({"d2t": torch.zeros(13, dtype=torch.int64)}, tmp_path / "other.safetensors")
+
+    with pytest.raises(CheckpointError, match=r"is 11 of 29 and no \*.safetensors .* d2t .*; put .* or set .* to 29$"):
+        build_fresh_draft(target, 0, mine)
+
+
+def test_a_fresh_draft_of_another_targets_shape_is_refused_by_its_field(tmp_path, target):
+    mine = tmp_path / "mine.json"
+    mine.write_text(json.dumps(build_draft(vocab_size=31, draft_vocab_size=31).config.to_json()))
+
+    with pytest.raises(CheckpointError, match=r"mine.json: vocab_size is 31, wanted the target's 29"):
+        build_fresh_draft(target, 0, mine)
 
 
 def test_a_fresh_draft_of_a_tied_target_starts_from_its_embedding(tmp_path):

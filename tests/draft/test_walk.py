@@ -16,7 +16,7 @@ NUM_STEPS = 3
 @torch.no_grad()
 def agreeable_sample(draft, embed, seed: int, num_answer: int = 24):
     """A request whose answer often is what the draft would say."""
-    sample = build_sample(seed, 5, num_answer)
+    sample = build_sample(seed, 5, num_answer, config=draft.config)
     generator = torch.Generator().manual_seed(seed)
     tokens = sample.tokens_T.clone()
     position = sample.num_prompt_tokens - 1
@@ -53,10 +53,14 @@ def serve(loop: LoopDraft, sample) -> list[tuple[int, int, int]]:
     return steps
 
 
-@pytest.mark.parametrize("draft_vocab_size", [29, 17])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"draft_vocab_size": 17}, {"num_layers": 2, "norm_output": True}, {"use_aux": False, "num_aux": 1}],
+    ids=lambda changes: "-".join(changes) or "plain",
+)
 @torch.no_grad()
-def test_walk_counts_what_a_server_drafting_with_its_own_tokens_counts(draft_vocab_size):
-    draft, embed = build_draft(3, draft_vocab_size=draft_vocab_size), build_embedding(3)
+def test_walk_counts_what_a_server_drafting_with_its_own_tokens_counts(changes):
+    draft, embed = build_draft(3, **changes), build_embedding(3)
     lengths = set()
     for seed in range(4):
         sample = agreeable_sample(draft, embed, seed)

@@ -146,6 +146,8 @@ class LoopDraft:
         return torch.cat([turned.real, turned.imag])
 
     def fuse(self, aux: torch.Tensor) -> torch.Tensor:
+        if len(aux) == self.config.hidden_size:
+            return aux
         if self.config.norm_before_fc:
             aux = self.norm(aux, "input_norm")
         if self.config.fc_norm:
@@ -153,11 +155,25 @@ class LoopDraft:
             aux = torch.cat([self.norm(chunk, f"fc_norm.{i}") for i, chunk in enumerate(chunks)])
         return self.w["fc.weight"] @ aux
 
-    def token(self, token: int, hidden: torch.Tensor, position: int, cache: list) -> tuple[torch.Tensor, torch.Tensor]:
+    def new_cache(self) -> list[list]:
+        """An empty list of (keys, values) per layer."""
+        return [[] for _ in range(self.config.num_layers)]
+
+    def token(
+        self, token: int, hidden: torch.Tensor, position: int, cache: list[list]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append this token to the cache; its logits and the hidden state the next step reads."""
-        config, attn = self.config, "midlayer.self_attn."
-        embed = self.norm(self.embed_VD[token], "midlayer.input_layernorm")
-        x = torch.cat([embed, self.norm(hidden, "midlayer.hidden_norm")])
+        for i in range(self.config.num_layers):
+            name = f"layers.{i}" if i else "midlayer"
+            x = self.norm(hidden, f"{name}.hidden_norm")
+            if i == 0:
+                x = torch.cat([self.norm(self.embed_VD[token], f"{name}.input_layernorm"), x])
+            hidden = self.layer(name, x, hidden, position, cache[i])
+        normed = self.norm(hidden, "norm")
+        return self.w["lm_head.weight"] @ normed, normed if self.config.norm_output else hidden
+
+    def layer(self, layer: str, x: torch.Tensor, hidden: torch.Tensor, position: int, cache: list) -> torch.Tensor:
+        config, attn = self.config, f"{layer}.self_attn."
         q, k, v = ((self.w[f"{attn}{name}_proj.weight"] @ x).split(config.head_dim) for name in ("q", "k", "v"))
         cache.append(([self.rotate(head, position) for head in k], list(v)))
         outs = []
@@ -166,22 +182,21 @@ class LoopDraft:
             scores = torch.stack([head @ keys[j] for keys, _ in cache]) / config.head_dim**0.5
             outs.append(sum(p * values[j] for p, (_, values) in zip(scores.softmax(0), cache, strict=True)))
         hidden = hidden + self.w[f"{attn}o_proj.weight"] @ torch.cat(outs)
-        x = self.norm(hidden, "midlayer.post_attention_layernorm")
-        gate = torch.nn.functional.silu(self.w["midlayer.mlp.gate_proj.weight"] @ x)
-        hidden = hidden + self.w["midlayer.mlp.down_proj.weight"] @ (gate * (self.w["midlayer.mlp.up_proj.weight"] @ x))
-        normed = self.norm(hidden, "norm")
-        return self.w["lm_head.weight"] @ normed, normed if config.norm_output else hidden
+        x = self.norm(hidden, f"{layer}.post_attention_layernorm")
+        gate = torch.nn.functional.silu(self.w[f"{layer}.mlp.gate_proj.weight"] @ x)
+        return hidden + self.w[f"{layer}.mlp.down_proj.weight"] @ (gate * (self.w[f"{layer}.mlp.up_proj.weight"] @ x))
 
-    def prefix(self, sample: Sample, end: int) -> tuple[list, torch.Tensor, torch.Tensor]:
+    def prefix(self, sample: Sample, end: int) -> tuple[list[list], torch.Tensor, torch.Tensor]:
         """Cache of the rows [0, end) that were captured, and the outcome of the last."""
         if (sample.request, end) not in self.seen:
-            cache, logits, hidden = self.prefix(sample, end - 1) if end else ([], torch.empty(0), torch.empty(0))
+            nothing = self.new_cache(), torch.empty(0), torch.empty(0)
+            cache, logits, hidden = self.prefix(sample, end - 1) if end else nothing
             if end and bool(sample.has_aux_T[end - 1]):
                 token, aux = int(sample.tokens_T[end]), self.fuse(sample.aux_TA[end - 1])
                 logits, hidden = self.token(token, aux, end - 1, cache)
             self.seen[sample.request, end] = (cache, logits, hidden)
         cache, logits, hidden = self.seen[sample.request, end]
-        return list(cache), logits, hidden
+        return [list(rows) for rows in cache], logits, hidden
 
     def target_id(self, logits: torch.Tensor) -> int:
         best = int(logits.argmax())

@@ -27,7 +27,7 @@ from tests.integration.servers import Server, free_port, send, start_ours, start
 
 NUM_IDENTITY_PROMPTS = 100
 IDENTITY_TOKENS = 96
-MODULES = ("test_identity", "test_rows", "test_variants", "test_product", "test_full")
+MODULES = ("test_identity", "test_rows", "test_variants", "test_product", "test_full", "test_drafts")
 
 
 def pytest_collection_modifyitems(items) -> None:

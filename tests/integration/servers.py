@@ -73,10 +73,12 @@ def start(command: Sequence[str], port: int, root: Path, is_ready, environment: 
     return server
 
 
-def start_ours(root: Path, port: int, sets: Sequence[str] = (), flags: Sequence[str] = (), **kwargs) -> Server:
-    """`onlinespec serve` of the demo world from a fresh draft."""
+def start_ours(
+    root: Path, port: int, draft: str = "init", sets: Sequence[str] = (), flags: Sequence[str] = (), **kwargs
+) -> Server:
+    """`onlinespec serve` of the demo world, unless told otherwise from a fresh draft."""
     overrides = [part for value in sets for part in ("--set", value)]
-    ours = ["--draft", "init", "--config", str(DEMO_CONFIG), "--run-dir", str(root), *overrides]
+    ours = ["--draft", draft, "--config", str(DEMO_CONFIG), "--run-dir", str(root), *overrides]
     command = ["-m", "onlinespec.cli", "serve", str(WORLD), *ours, "--port", str(port), "--random-seed", "1"]
     return start(
         [*command, "--log-level", "warning", *flags],

@@ -10,13 +10,11 @@ from onlinespec.bench.client import Prompt
 from onlinespec.draft.checkpoint import read_draft
 from onlinespec.draft.fresh import read_embedding
 from onlinespec.draft.model import Draft
-from onlinespec.draft.rows import build_rows, draft_positions
-from onlinespec.draft.walk import accept_walk, matches
 from onlinespec.wire.messages import GetStatus
 from onlinespec.world import WORLD
+from tests.integration.drafted import compare_with_probe, count_walked, probe
 from tests.integration.servers import flush, world_prompts
 
-NUM_DRAFT_STEPS = 3
 FIRST_PROMPT = world_prompts(1, seed=23)[0].messages[0]["content"]
 
 
@@ -67,19 +65,8 @@ def test_the_walk_of_the_draft_in_service_equals_the_live_counters_of_every_requ
 
     _, samples = capture.send(world_prompts(60, seed=31), max_tokens=120)
 
-    num_correct = 0
+    num_correct = count_walked(draft, samples, embed_VD)
     assert len(samples) == 60
-    for sample in samples:
-        end = sample.num_tokens - 1
-        walk = accept_walk(
-            matches(draft, sample, embed_VD, NUM_DRAFT_STEPS), sample.num_prompt_tokens, end, NUM_DRAFT_STEPS
-        )
-        live = sample.verify
-        assert walk.start == live.start
-        assert walk.num_committed == live.num_committed
-        truncated = [min(c, end - s) for c, s in zip(live.num_correct, live.start, strict=True)]
-        assert walk.num_correct == truncated
-        num_correct += sum(truncated)
     assert num_correct > 100, "an untrained draft would make this test empty"
 
 
@@ -92,47 +79,14 @@ def test_the_plugins_counters_equal_those_of_the_openai_answer(capture, learned)
         assert sample.num_answer_tokens == answer.num_output_tokens
 
 
-def verify_steps_of(records: list[dict]) -> list[tuple[int, list[int], dict[int, torch.Tensor]]]:
-    """Start, drafted tokens and SGLang's draft logits by position, of each verify step; one request at a time.
-
-    The last logits written for a position are those its drafted token was taken from.
-    """
-    steps, logits = [], {}
-    for record in records:
-        if record["kind"] == "verify":
-            steps.append((record["start"][0], record["drafted"][0].tolist(), dict(logits)))
-        else:
-            rows = zip(reversed(record["positions"]), record["logits"].flip(0), strict=False)
-            logits.update(rows)
-    return steps
-
-
 def test_drafted_tokens_and_logits_equal_those_of_sglang_on_the_same_rows(served, capture, learned, embed_VD):
     draft = draft_in_service(served)
     flush(served)
-    capture.drain()
-    (served.probe / "on").touch()
-    _, samples = capture.send(world_prompts(10, seed=41), concurrency=1, max_tokens=60)
-    (served.probe / "on").unlink()
-    steps = verify_steps_of([torch.load(path) for path in sorted(served.probe.glob("*.pt"))])
 
-    num_compared, largest = 0, 0.0
-    for sample in samples:
-        positions_N = draft_positions(sample)
-        with torch.inference_mode():
-            ours_KNW = draft.unroll(build_rows([sample], [positions_N], embed_VD, NUM_DRAFT_STEPS))
-        for start in sample.verify.start:
-            found_start, drafted, theirs = steps.pop(0)
-            assert found_start == start
-            n = int((positions_N == start - 1).nonzero())
-            for k in range(NUM_DRAFT_STEPS):
-                if sample.tokens_T[start : start + k + 1].tolist() != drafted[: k + 1]:
-                    break
-                assert int(ours_KNW[k, n].argmax()) == drafted[k + 1]
-                largest = max(largest, float((ours_KNW[k, n] - theirs[start - 1 + k]).abs().max()))
-                num_compared += 1
+    samples, records = probe(served, capture, num_prompts=10)
+
+    num_compared, largest = compare_with_probe(draft, samples, records, embed_VD)
     print(f"{num_compared} drafted tokens equal, logits differ by at most {largest:.1e}")
-    assert not steps
     assert num_compared > 300
     assert largest < 1e-4
 
