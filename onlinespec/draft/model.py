@@ -20,6 +20,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from onlinespec.draft.config import DraftConfig
 from onlinespec.draft.rows import Rows
@@ -116,11 +117,19 @@ class Draft(nn.Module):
             self.fc_norm = nn.ModuleList(norms)
         if config.norm_before_fc:
             self.input_norm = _Norm(config.num_aux * config.target_hidden_size, config.rms_norm_eps)
+        self.is_recomputing = False
+        """forget what each draft step computed and do it again in the backward pass"""
         self.target_ids_W: torch.Tensor | None = None
         self._map: dict[str, torch.Tensor] = {}
         self.register_buffer("inverse_frequency", _inverse_frequency(config), persistent=False)
         if weights is not None:
             self.load_weights(weights)
+
+    def compile_layers(self) -> None:
+        """torch.compile what every layer does to its rows beside attention, once for all numbers of rows."""
+        for layer in (self.midlayer, *self.layers.values()):
+            for name in ("read", "write"):
+                setattr(layer, name, torch.compile(getattr(layer, name), dynamic=True))
 
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Copy the weights of a checkpoint; names and shapes must be those of `canonical_names`."""
@@ -174,7 +183,10 @@ class Draft(nn.Module):
         for step in range(1, rows.embed_NKD.shape[1]):
             hidden_ND = states[-1] if self.config.norm_output else hidden_ND
             rotation_N = self._rotation(position_N + step)
-            hidden_ND, own = _draft_step(passes, hidden_ND, rows.embed_NKD[:, step], rotation_N, own)
+            inputs = (passes, hidden_ND, rows.embed_NKD[:, step], rotation_N, own)
+            hidden_ND, own = (
+                checkpoint(_draft_step, *inputs, use_reentrant=False) if self.is_recomputing else _draft_step(*inputs)
+            )
             states.append(self.norm(hidden_ND))
         return torch.stack(states)
 

@@ -33,6 +33,9 @@ class Parameters:
             check_rank(shapes, self._adapted, config.lora_rank)
             generator = torch.Generator().manual_seed(config.seed)
             add_adapters(self.draft, self._adapted, config.lora_rank, config.lora_alpha, generator)
+        self.draft.is_recomputing = config.checkpoint_activations
+        if config.compile:
+            self.draft.compile_layers()
         self.trained = {name: p for name, p in self.draft.named_parameters() if p.requires_grad}
         """by the model's own names; a frozen one stays listed and has no gradient"""
         self._averaged = {name: p.detach().cpu().clone() for name, p in self.trained.items()}

@@ -197,6 +197,36 @@ def test_bfloat16_training_keeps_float32_masters_that_hold_updates_too_small_for
     assert float(is_same_in_bfloat16.float().mean()) > 0.9
 
 
+# The compiler warns of its own doings, and takes half a minute.
+COMPILED = pytest.param({"compile": True}, marks=[pytest.mark.full, pytest.mark.filterwarnings("ignore")], id="compile")
+
+
+@pytest.mark.parametrize("changes", [pytest.param({"checkpoint_activations": True}, id="recompute"), COMPILED])
+def test_how_a_step_is_computed_changes_none_of_its_numbers(changes):
+    plain, other = build_trainer(), build_trainer(**changes)
+    samples = [[build_sample(3 * step + i, 4, 5 + i) for i in range(1 + step)] for step in range(3)]
+
+    found = [[trainer.step(batch) for batch in samples] for trainer in (plain, other)]
+
+    for expected, result in zip(*found, strict=True):
+        assert result.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert result.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
+
+
+def test_recomputing_keeps_less_for_the_backward_pass():
+    sample, embed = build_sample(1, 6, 40), build_embedding()
+    rows = build_rows([sample], [draft_positions(sample)], embed, 6)
+    kept = []
+    for is_recomputing in (False, True):
+        draft, sizes = build_draft(), []
+        draft.is_recomputing = is_recomputing
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x):
+            draft.states(rows)
+        kept.append(sum(sizes))
+
+    assert kept[1] < kept[0] / 3
+
+
 def test_the_measured_reach_is_the_share_of_chains_whose_drafts_matched_so_far():
     trainer = build_trainer(step_weights="reach", unroll_steps=3, ema_decay=0.0)
     samples = [build_sample(1, 4, 9), build_sample(2, 3, 5)]

@@ -1,0 +1,207 @@
+"""How many tokens until the draft is good: this trainer against the usual online recipe, on recorded traffic.
+
+Rows of a real server (`benchmarks/record_streams.py`): code, then a shift to support. Both arms start from the
+same untrained draft and see the same requests in the same order; accept length is the walk over held-out
+requests of the phase's domain, every EVERY_TOKENS answer tokens, on the weights that would be published.
+Held-out answers that occur in training are dropped.
+
+Tokens to 90 %: first look from which on the accept length is at least 0.9 of the better arm's last one in that
+phase (`tokens`; one that never gets there counts the whole phase, a lower bound), and of the arm's own (`own`).
+Return: accept length on code after the support phase, over that before it.
+
+Run: python benchmarks/bench_learning.py STREAMS OUT.json [--seeds 5] [--arms onlinespec,recipe]; resumes.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import torch
+from live import commit
+from record_streams import read_stream
+
+from onlinespec.config import load_config
+from onlinespec.draft.fresh import build_fresh_draft, read_embedding
+from onlinespec.draft.model import Draft
+from onlinespec.draft.walk import walk
+from onlinespec.trainer.learner import Learner
+from onlinespec.world import WORLD
+from onlinespec.world.corpus import FIRST_DOMAIN, SHIFT_DOMAIN
+
+EVERY_TOKENS = 500
+PHASE_TOKENS = 16_000
+NUM_DRAFT_STEPS = 3
+NUM_HELD_OUT = 32
+HELD_OUT_SEED = 201
+FIRST_SEED = 101
+RECIPE = [
+    "trainer.optimizer=adamw",
+    "trainer.unroll_steps=7",
+    "trainer.batch_requests=4",
+    "trainer.passes=1",
+    "trainer.ema_decay=0",
+    "buffer.replay_frac=0",
+]
+ARMS = {
+    "onlinespec": [],
+    "recipe": RECIPE,
+    "recipe, lr 1e-3": [*RECIPE, "trainer.adamw_lr=0.001"],
+    "recipe, lr 4e-3": [*RECIPE, "trainer.adamw_lr=0.004"],
+    "onlinespec, accept 0.5": ["trainer.accept_frac=0.5", "trainer.accept_ramp_steps=100"],
+    "onlinespec, reach weights": ["trainer.step_weights=reach"],
+    "onlinespec, reverse kl": ["trainer.loss=reverse_kl"],
+    "onlinespec, lora 16": ["trainer.lora_rank=16"],
+}
+
+
+class Stream:
+    """One arm on one seed's stream."""
+
+    def __init__(self, overrides, seed, held_out):
+        self.config = load_config([], [*overrides, f"trainer.seed={seed}"])
+        self.draft_config, weights = build_fresh_draft(WORLD, self.config.trainer.seed)
+        self.embed_VD = read_embedding(WORLD).float()
+        self.learner = Learner(self.config, self.draft_config, weights, self.embed_VD)
+        self.held_out, self.cpu_s = held_out, 0.0
+
+    def accept_length(self, domain):
+        draft, tokens, steps = Draft(self.draft_config, self.learner.trainer.weights()), 0, 0
+        for sample in self.held_out[domain]:
+            found = walk(draft, sample, self.embed_VD, NUM_DRAFT_STEPS)
+            tokens, steps = tokens + sum(found.num_committed), steps + len(found)
+        return tokens / steps
+
+    def play(self, domain, samples):
+        """[(answer tokens seen in this phase, accept length)]."""
+        curve, num_tokens = [(0, self.accept_length(domain))], 0
+        for sample in samples:
+            if num_tokens >= PHASE_TOKENS:
+                break
+            before, num_tokens = num_tokens, num_tokens + sample.num_answer_tokens
+            began_s = time.thread_time()
+            self.learner.add(sample, sample.ended_s)
+            while self.learner.is_due:
+                self.learner.step(sample.ended_s)
+            self.cpu_s += time.thread_time() - began_s
+            if before // EVERY_TOKENS != num_tokens // EVERY_TOKENS:
+                curve.append((num_tokens, self.accept_length(domain)))
+        return curve
+
+
+def last(curve):
+    """Mean of the last four looks."""
+    return statistics.mean(length for _, length in curve[-4:])
+
+
+def run(arm, seed, streams):
+    phases = (FIRST_DOMAIN, SHIFT_DOMAIN)
+    train = {domain: read_stream(streams, domain, FIRST_SEED + seed) for domain in phases}
+    answers = {sample.answer_key for samples in train.values() for sample in samples}
+    held_out, num_dropped = {}, 0
+    for domain in phases:
+        found = read_stream(streams, domain, HELD_OUT_SEED)[:NUM_HELD_OUT]
+        held_out[domain] = [sample for sample in found if sample.answer_key not in answers]
+        num_dropped += len(found) - len(held_out[domain])
+    stream = Stream(ARMS[arm], seed, held_out)
+    first = stream.play(FIRST_DOMAIN, train[FIRST_DOMAIN])
+    left = stream.accept_length(FIRST_DOMAIN)
+    second = stream.play(SHIFT_DOMAIN, train[SHIFT_DOMAIN])
+    return {
+        "arm": arm,
+        "seed": seed,
+        "curves": [first, second],
+        "final": [last(first), last(second)],
+        "first_domain_when_left": left,
+        "first_domain_at_return": stream.accept_length(FIRST_DOMAIN),
+        "training_cpu_s": stream.cpu_s,
+        "optimizer_steps": stream.learner.trainer.num_steps,
+        "held_out": [len(found) for found in held_out.values()],
+        "held_out_dropped": num_dropped,
+    }
+
+
+def tokens_to(curve, wanted):
+    """Answer tokens of the first look from which on every look is at least `wanted`; the last one's where none is."""
+    for index, (tokens, _) in enumerate(curve):
+        if all(length >= wanted for _, length in curve[index:]):
+            return tokens
+    return curve[-1][0]
+
+
+def interval(values):
+    """Mean and a t interval of 95 % over the seeds."""
+    if len(values) < 2:
+        return [round(values[0], 3), None, None]
+    t = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(values), 2.0)
+    half = t * statistics.stdev(values) / len(values) ** 0.5
+    mean = statistics.mean(values)
+    return [round(mean, 3), round(mean - half, 3), round(mean + half, 3)]
+
+
+def summary(rows):
+    """By arm: tokens to 90 %, at the start and after the shift, final accept lengths, the return; and ratios."""
+    by = {(row["arm"], row["seed"]): row for row in rows}
+    seeds = sorted({row["seed"] for row in rows})
+    table = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        line = {"arm": arm}
+        for phase, name in enumerate(("start", "shift")):
+            found, own, ratios = [], [], []
+            for seed in (s for s in seeds if (arm, s) in by):
+                rivals = [by[a, seed]["final"][phase] for a in ("onlinespec", "recipe") if (a, seed) in by]
+                row = by[arm, seed]
+                found.append(tokens_to(row["curves"][phase], 0.9 * max(rivals)))
+                own.append(tokens_to(row["curves"][phase], 0.9 * row["final"][phase]))
+                if ("recipe", seed) in by:
+                    recipe = tokens_to(by["recipe", seed]["curves"][phase], 0.9 * max(rivals))
+                    ratios.append(found[-1] / recipe)
+            line |= {f"{name}_tokens": interval(found), f"{name}_own": interval(own)}
+            line[f"{name}_final"] = interval([by[arm, s]["final"][phase] for s in seeds if (arm, s) in by])
+            if ratios:
+                line[f"{name}_ratio_to_recipe"] = interval(ratios)
+        rows_of = [row for row in rows if row["arm"] == arm]
+        line["return"] = interval([row["first_domain_at_return"] / row["first_domain_when_left"] for row in rows_of])
+        line["training_cpu_s"] = interval([row["training_cpu_s"] for row in rows_of])
+        table.append(line)
+    return table
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("streams", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--arms", default="onlinespec,recipe")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+    for seed in range(options.seeds):
+        for arm in options.arms.split(";" if ";" in options.arms else ","):
+            if any((row["arm"], row["seed"]) == (arm, seed) for row in rows):
+                continue
+            rows.append(run(arm, seed, options.streams))
+            final = [round(value, 2) for value in rows[-1]["final"]]
+            print(arm, seed, final, round(rows[-1]["training_cpu_s"]), "CPU s", flush=True)
+            provenance = {
+                "command": " ".join(["python", *sys.argv]),
+                "commit": commit(),
+                "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "platform": platform.platform(),
+                "cores": os.cpu_count(),
+                "torch": torch.__version__,
+                "config": msgspec.to_builtins(load_config([], [])),
+                "arms": ARMS,
+            }
+            options.out.write_text(json.dumps({**provenance, "summary": summary(rows), "rows": rows}) + "\n")
+    for line in summary(rows):
+        print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()
