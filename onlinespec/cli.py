@@ -11,12 +11,15 @@ from typing import Annotated
 
 import typer
 
-from onlinespec.config import dump_config, load_config
 from onlinespec.errors import OnlinespecError
+from onlinespec.explain import explain
+from onlinespec.resolve import dump_config, load_config, resolve
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Train the EAGLE-3 draft of a live SGLang server.")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure a running server.")
 app.add_typer(bench_app, name="bench")
+config_app = typer.Typer(help="Print the config: `show`, the default, every value; `explain`, where each came from.")
+app.add_typer(config_app, name="config")
 
 RunDir = Annotated[Path, typer.Option("--run-dir", help="Run directory of the server.")]
 ConfigFiles = Annotated[list[Path] | None, typer.Option("--config", help="YAML file; may be given several times.")]
@@ -71,10 +74,30 @@ def rollback(
     typer.echo(roll_back(run_dir, to))
 
 
-@app.command()
-def config(files: ConfigFiles = None, override: Overrides = None) -> None:
-    """Print every config value as it resolves."""
+@config_app.callback(invoke_without_command=True)
+def config(context: typer.Context, files: ConfigFiles = None, override: Overrides = None) -> None:
+    """Print every config value as it resolves; `explain` says where each came from."""
+    if context.invoked_subcommand is None:
+        show(files, override)
+    elif files or override:
+        raise typer.BadParameter(f"put --config and --set behind `{context.invoked_subcommand}`")
+
+
+@config_app.command()
+def show(files: ConfigFiles = None, override: Overrides = None) -> None:
+    """Print every config value as it resolves, as YAML that --config reads."""
     typer.echo(dump_config(load_config(files or [], override or [])), nl=False)
+
+
+@config_app.command("explain")
+def explain_config(
+    path: Annotated[str, typer.Argument(help="section.field or section; everything if left out.")] = "",
+    files: ConfigFiles = None,
+    override: Overrides = None,
+) -> None:
+    """Print each value with its default, where it came from, its bounds and what it means."""
+    for line in explain(resolve(files or [], override or []), path):
+        typer.echo(line)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from onlinespec.config import Config, load_config
+from onlinespec.config import Config
 from onlinespec.draft.fresh import read_embedding
 from onlinespec.draft.sample import Sample
 from onlinespec.errors import WireError
@@ -25,6 +25,7 @@ from onlinespec.gate.holdout import first_user_span, group_of, is_holdout
 from onlinespec.launch import read_launch
 from onlinespec.paths import RunPaths
 from onlinespec.promote import Promoter
+from onlinespec.resolve import load_config
 from onlinespec.trainer.assemble import Assembler
 from onlinespec.trainer.learner import Learner
 from onlinespec.trainer.prefix import PrefixRows
