@@ -74,6 +74,29 @@ def rollback(
     typer.echo(roll_back(run_dir, to))
 
 
+@app.command()
+def record(
+    out: Annotated[Path | None, typer.Option(help="Directory: new, empty, or a recording to go on with.")] = None,
+    max_gb: Annotated[float, typer.Option(help="Gigabytes (1e9 bytes) the directory may take in all.", min=1e-6)] = 1.0,
+    stop: Annotated[bool, typer.Option("--stop", help="End the recording under way.")] = False,
+    run_dir: RunDir = DEFAULT_RUN_DIR,
+) -> None:
+    """Keep what the running server's trainer learns from on disk, for `train`. Ctrl-C or --stop ends it.
+
+    Only training traffic is written: conversations held out for the gate stay out, and so does what capture left out.
+    """
+    from rich.console import Console
+
+    from onlinespec.record import command
+
+    if stop == (out is not None):
+        raise typer.BadParameter("give --out DIR to begin, or --stop to end")
+    if out is None:
+        typer.echo(command.stop(run_dir))
+    else:
+        command.record(run_dir, out, int(max_gb * 1e9), Console(stderr=True))
+
+
 @config_app.callback(invoke_without_command=True)
 def config(context: typer.Context, files: ConfigFiles = None, override: Overrides = None) -> None:
     """Print every config value as it resolves; `explain` says where each came from."""
