@@ -7,7 +7,7 @@ server's status.
 import asyncio
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -95,6 +95,49 @@ def record(
         typer.echo(command.stop(run_dir))
     else:
         command.record(run_dir, out, int(max_gb * 1e9), Console(stderr=True))
+
+
+@app.command()
+def train(
+    recording: Annotated[Path, typer.Option(help="Directory that `record` or `record-dataset` wrote.")],
+    target: Annotated[str, typer.Option(help="The model the recording was made with: directory or Hugging Face id.")],
+    draft: Annotated[str, typer.Option(help="Directory of an EAGLE-3 draft, or `init` for an untrained one.")],
+    out: Annotated[Path, typer.Option(help="Where the draft, the report and the checkpoint go.")],
+    epochs: Annotated[int, typer.Option(help="Passes over the recording.", min=1)] = 1,
+    eval_frac: Annotated[float, typer.Option(help="Share of conversations kept to evaluate.", min=0.0, max=0.9)] = 0.1,
+    eval_samples: Annotated[int, typer.Option(help="Requests walked at an evaluation.", min=1)] = 64,
+    eval_steps: Annotated[int, typer.Option(help="Optimizer steps between evaluations.", min=1)] = 200,
+    draft_steps: Annotated[int, typer.Option(help="Draft tokens per verify step of your server.", min=1, max=8)] = 3,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
+    report_to: Annotated[Literal["none", "tensorboard", "wandb"], typer.Option(help="Figures elsewhere.")] = "none",
+    config: ConfigFiles = None,
+    override: Overrides = None,
+) -> None:
+    """Train a draft from a recording, without a server, as the sidecar would; SGLang loads OUT/draft."""
+    settings = load_config(config or [], override or [])
+
+    from rich.console import Console
+
+    from onlinespec.offline.screen import train as run
+    from onlinespec.offline.train import TrainPlan
+    from onlinespec.provision import resolve_model
+
+    plan = TrainPlan(
+        recording=recording,
+        target=resolve_model(target),
+        draft=draft,
+        out=out,
+        config=settings,
+        epochs=epochs,
+        eval_frac=eval_frac,
+        eval_samples=eval_samples,
+        eval_steps=eval_steps,
+        num_draft_steps=draft_steps,
+        is_resumed=resume,
+        report_to=report_to,
+        command=tuple(sys.argv),
+    )
+    raise typer.Exit(0 if run(plan, Console(stderr=True)) else 130)
 
 
 @config_app.callback(invoke_without_command=True)

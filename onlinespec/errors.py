@@ -10,6 +10,7 @@ OnlinespecError
  +- SwapError         the server refused a swap
  +- VersionError      a version that is not in the store, or is damaged
  +- RecordError       a recording that is damaged, does not fit, or cannot be made
+ +- TrainError        offline training that cannot begin or go on as asked
  +- DataError         a data set, or a line of it, that cannot be used
  +- BenchError        a benchmark that cannot be run as asked
 
@@ -55,6 +56,10 @@ class VersionError(OnlinespecError):
 
 class RecordError(OnlinespecError):
     """A recording cannot be written or read as asked."""
+
+
+class TrainError(OnlinespecError):
+    """Offline training cannot begin or go on as asked."""
 
 
 class DataError(OnlinespecError):

@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "gate": {"errors", "config"},
     "versions": {"errors", "paths"},
     "record": {"errors", "paths", "launch", "draft", "versions"},
+    "offline": {"errors", "config", "draft", "trainer", "gate", "versions", "record", "world"},
     "plugin": {"errors", "config", "resolve", "paths", "wire", "launch", "draft"},
     "promote": {"errors", "config", "paths", "wire", "launch", "draft", "gate", "versions"},
     "sidecar": {"errors", "config", "resolve", "paths", "wire", "launch", "draft", "trainer", "gate", "versions"}
@@ -40,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"provision"},
     "bench": {"errors", "world"},
     "demo": {"errors", "resolve", "paths", "wire", "launch", "versions", "operate", "bench", "world"},
-    "cli": {"errors", "resolve", "explain", "serve", "operate", "bench", "demo", "record"},
+    "cli": {"errors", "resolve", "explain", "serve", "operate", "bench", "demo", "record", "offline"} | {"provision"},
 }
 # Rooms that import SGLang, and their modules that do not and may be imported from outside.
 DOORS = {

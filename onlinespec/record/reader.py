@@ -38,20 +38,39 @@ class Recording:
 
     def __iter__(self) -> Iterator[Sample]:
         """Raises: RecordError where a shard's bytes are not those that were written."""
-        for shard in self.manifest.shards:
-            path = self.directory / shard.file
-            try:
-                data = path.read_bytes()
-            except OSError as error:
-                raise RecordError(f"{path}: cannot be read ({error.strerror}); copy the recording again") from error
-            found = hashlib.sha256(data).hexdigest()
-            if found != shard.digest:
-                raise RecordError(
-                    f"{path}: its digest is {found}, the manifest says {shard.digest}; copy the recording again"
-                )
-            samples = decode(data, str(path))
-            if len(samples) != shard.num_samples:
-                raise RecordError(
-                    f"{path}: holds {len(samples)} samples, the manifest says {shard.num_samples}; record again"
-                )
-            yield from samples
+        return self.since(0)
+
+    def since(self, index: int) -> Iterator[Sample]:
+        """From the index-th sample on, in order. Raises: RecordError."""
+        shard, offset = self.locate(index)
+        for number in range(shard, len(self.manifest.shards)):
+            yield from self.read_shard(number)[offset:]
+            offset = 0
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Shard of the index-th sample, from 0, and its place therein; one past the last where there is none."""
+        for number, shard in enumerate(self.manifest.shards):
+            if index < shard.num_samples:
+                return number, index
+            index -= shard.num_samples
+        return len(self.manifest.shards), 0
+
+    def read_shard(self, number: int) -> list[Sample]:
+        """Raises: RecordError where its bytes are not those that were written."""
+        shard = self.manifest.shards[number]
+        path = self.directory / shard.file
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise RecordError(f"{path}: cannot be read ({error.strerror}); copy the recording again") from error
+        found = hashlib.sha256(data).hexdigest()
+        if found != shard.digest:
+            raise RecordError(
+                f"{path}: its digest is {found}, the manifest says {shard.digest}; copy the recording again"
+            )
+        samples = decode(data, str(path))
+        if len(samples) != shard.num_samples:
+            raise RecordError(
+                f"{path}: holds {len(samples)} samples, the manifest says {shard.num_samples}; record again"
+            )
+        return samples
