@@ -7,16 +7,19 @@ server's status.
 import asyncio
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from onlinespec.config import dump_config, load_config
 from onlinespec.errors import OnlinespecError
+from onlinespec.explain import explain
+from onlinespec.resolve import dump_config, load_config, resolve
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Train the EAGLE-3 draft of a live SGLang server.")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure a running server.")
 app.add_typer(bench_app, name="bench")
+config_app = typer.Typer(help="Print the config: `show`, the default, every value; `explain`, where each came from.")
+app.add_typer(config_app, name="config")
 
 RunDir = Annotated[Path, typer.Option("--run-dir", help="Run directory of the server.")]
 ConfigFiles = Annotated[list[Path] | None, typer.Option("--config", help="YAML file; may be given several times.")]
@@ -74,9 +77,95 @@ def rollback(
 
 
 @app.command()
-def config(files: ConfigFiles = None, override: Overrides = None) -> None:
-    """Print every config value as it resolves."""
+def record(
+    out: Annotated[Path | None, typer.Option(help="Directory: new, empty, or a recording to go on with.")] = None,
+    max_gb: Annotated[float, typer.Option(help="Gigabytes (1e9 bytes) the directory may take in all.", min=1e-6)] = 1.0,
+    stop: Annotated[bool, typer.Option("--stop", help="End the recording under way.")] = False,
+    run_dir: RunDir = DEFAULT_RUN_DIR,
+) -> None:
+    """Keep what the running server's trainer learns from on disk, for `train`. Ctrl-C or --stop ends it.
+
+    Only training traffic is written: conversations held out for the gate stay out, and so does what capture left out.
+    """
+    from rich.console import Console
+
+    from onlinespec.record import command
+
+    if stop == (out is not None):
+        raise typer.BadParameter("give --out DIR to begin, or --stop to end")
+    if out is None:
+        typer.echo(command.stop(run_dir))
+    else:
+        command.record(run_dir, out, int(max_gb * 1e9), Console(stderr=True))
+
+
+@app.command()
+def train(
+    recording: Annotated[Path, typer.Option(help="Directory that `record` or `record-dataset` wrote.")],
+    target: Annotated[str, typer.Option(help="The model the recording was made with: directory or Hugging Face id.")],
+    draft: Annotated[str, typer.Option(help="Directory of an EAGLE-3 draft, or `init` for an untrained one.")],
+    out: Annotated[Path, typer.Option(help="Where the draft, the report and the checkpoint go.")],
+    epochs: Annotated[int, typer.Option(help="Passes over the recording.", min=1)] = 1,
+    eval_frac: Annotated[float, typer.Option(help="Share of conversations kept to evaluate.", min=0.0, max=0.9)] = 0.1,
+    eval_samples: Annotated[int, typer.Option(help="Requests walked at an evaluation.", min=1)] = 64,
+    eval_steps: Annotated[int, typer.Option(help="Optimizer steps between evaluations.", min=1)] = 200,
+    draft_steps: Annotated[int, typer.Option(help="Draft tokens per verify step of your server.", min=1, max=8)] = 3,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
+    report_to: Annotated[Literal["none", "tensorboard", "wandb"], typer.Option(help="Figures elsewhere.")] = "none",
+    config: ConfigFiles = None,
+    override: Overrides = None,
+) -> None:
+    """Train a draft from a recording, without a server, as the sidecar would; SGLang loads OUT/draft."""
+    settings = load_config(config or [], override or [])
+
+    from rich.console import Console
+
+    from onlinespec.offline.screen import train as run
+    from onlinespec.offline.train import TrainPlan
+    from onlinespec.provision import resolve_model
+
+    plan = TrainPlan(
+        recording=recording,
+        target=resolve_model(target),
+        draft=draft,
+        out=out,
+        config=settings,
+        epochs=epochs,
+        eval_frac=eval_frac,
+        eval_samples=eval_samples,
+        eval_steps=eval_steps,
+        num_draft_steps=draft_steps,
+        is_resumed=resume,
+        report_to=report_to,
+        command=tuple(sys.argv),
+    )
+    raise typer.Exit(0 if run(plan, Console(stderr=True)) else 130)
+
+
+@config_app.callback(invoke_without_command=True)
+def config(context: typer.Context, files: ConfigFiles = None, override: Overrides = None) -> None:
+    """Print every config value as it resolves; `explain` says where each came from."""
+    if context.invoked_subcommand is None:
+        show(files, override)
+    elif files or override:
+        raise typer.BadParameter(f"put --config and --set behind `{context.invoked_subcommand}`")
+
+
+@config_app.command()
+def show(files: ConfigFiles = None, override: Overrides = None) -> None:
+    """Print every config value as it resolves, as YAML that --config reads."""
     typer.echo(dump_config(load_config(files or [], override or [])), nl=False)
+
+
+@config_app.command("explain")
+def explain_config(
+    path: Annotated[str, typer.Argument(help="section.field or section; everything if left out.")] = "",
+    files: ConfigFiles = None,
+    override: Overrides = None,
+) -> None:
+    """Print each value with its default, where it came from, its bounds and what it means."""
+    for line in explain(resolve(files or [], override or []), path):
+        typer.echo(line)
 
 
 @app.command()

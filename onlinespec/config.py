@@ -1,19 +1,12 @@
 """The whole config schema: frozen structs, bounds in the types, one line per field.
 
-Defaults live here and nowhere else; `configs/default.yaml` is generated from them. Files merge left to
-right, then `section.field=value` overrides. Unknown keys, duplicate keys and values out of range are
-errors that name the path, what was found and what was wanted.
+Defaults live here and nowhere else; `configs/default.yaml` is generated from them. `resolve` reads files and
+overrides into it, `explain` says each field's line, bounds and origin.
 """
 
-import re
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
-import yaml
-
-from onlinespec.errors import ConfigError
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 NonNegative = Annotated[int, msgspec.Meta(ge=0)]
@@ -234,117 +227,3 @@ class Config(Section, frozen=True):
     record: RecordConfig = RecordConfig()
     versions: VersionsConfig = VersionsConfig()
     supervisor: SupervisorConfig = SupervisorConfig()
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and reads 1e-4 as a number."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
-    seen: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        where = f"{loader.name}:{key_node.start_mark.line + 1}"
-        if not isinstance(key, str):
-            raise ConfigError(f"{where}: key {key!r} is no name; `onlinespec config` prints every field")
-        if key in seen:
-            raise ConfigError(f"{where}: key {key!r} appears twice; keep one")
-        seen[key] = loader.construct_object(value_node, deep=True)
-    return seen
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf)$|^\.(nan|NaN)$"),
-    list("-+0123456789."),
-)
-
-
-def _parse_yaml(text: str, name: str) -> Any:
-    loader = _Loader(text)
-    loader.name = name
-    try:
-        return loader.get_single_data()
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: not valid YAML ({' '.join(str(error).split())}); fix it") from error
-    finally:
-        loader.dispose()
-
-
-def _merge(into: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
-    for key, value in update.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = value
-    return into
-
-
-def parse_override(text: str) -> dict[str, Any]:
-    """Turn `section.field=value` into a nested dict.
-
-    Raises: ConfigError where there is no `=`.
-    """
-    path, separator, value = text.partition("=")
-    if not separator or not path:
-        raise ConfigError(f"override {text!r}: wanted section.field=value")
-    nested: Any = _parse_yaml(value, text)
-    for part in reversed(path.split(".")):
-        nested = {part: nested}
-    return nested
-
-
-def load_config(files: Sequence[Path | str] = (), overrides: Sequence[str] = ()) -> Config:
-    """Merge YAML files left to right, then the overrides, and check every value.
-
-    Raises: ConfigError naming the file or override, the path, what was found and what was wanted.
-    """
-    merged: dict[str, Any] = {}
-    for file in files:
-        path = Path(file)
-        if not path.is_file():
-            raise ConfigError(f"{path}: no such config file; give the path of a YAML file")
-        found = _parse_yaml(_text_of(path), str(path))
-        merged = _checked(merged, {} if found is None else found, str(path))
-    for override in overrides:
-        merged = _checked(merged, parse_override(override), f"override {override!r}")
-    return msgspec.convert(merged, Config)
-
-
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as text ({error}); give the path of a YAML file") from error
-
-
-def _checked(merged: dict[str, Any], update: Any, source: str) -> dict[str, Any]:
-    """Merge and convert at once, so that an error names the source that brought it."""
-    if not isinstance(update, dict):
-        raise ConfigError(f"{source}: found {type(update).__name__}, wanted a mapping of sections")
-    merged = _merge(merged, update)
-    try:
-        msgspec.convert(merged, Config)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{source}: {_told(error, merged)}; `onlinespec config` prints every field") from error
-    return merged
-
-
-def _told(error: msgspec.ValidationError, merged: dict[str, Any]) -> str:
-    """Say `gate.alpha is 2, expected float < 1.0`: msgspec names the path and the bound, not the value."""
-    what, _, path = str(error).replace("`", "").partition(" - at $.")
-    unknown = what.removeprefix("Object contains unknown field ")
-    if unknown != what:
-        return f"unknown key {path}{'.' if path else ''}{unknown}"
-    if not what.startswith("Expected "):
-        return f"{path}.{what}"
-    value: Any = merged
-    for part in path.split("."):
-        value = value[part]
-    return f"{path} is {value!r}, {what[0].lower()}{what[1:]}"
-
-
-def dump_config(config: Config) -> str:
-    """YAML of every resolved value, loadable by `load_config`."""
-    return yaml.safe_dump(msgspec.to_builtins(config), sort_keys=False)

@@ -9,6 +9,9 @@ OnlinespecError
  +- SiteError         a hook site of SGLang that is missing or has changed
  +- SwapError         the server refused a swap
  +- VersionError      a version that is not in the store, or is damaged
+ +- RecordError       a recording that is damaged, does not fit, or cannot be made
+ +- TrainError        offline training that cannot begin or go on as asked
+ +- DataError         a data set, or a line of it, that cannot be used
  +- BenchError        a benchmark that cannot be run as asked
 
 Every message is one sentence or two: what was found, what was wanted, what to do next.
@@ -49,6 +52,18 @@ class SwapError(OnlinespecError):
 
 class VersionError(OnlinespecError):
     """A draft version that does not exist or is damaged."""
+
+
+class RecordError(OnlinespecError):
+    """A recording cannot be written or read as asked."""
+
+
+class TrainError(OnlinespecError):
+    """Offline training cannot begin or go on as asked."""
+
+
+class DataError(OnlinespecError):
+    """A data set cannot be turned into rows."""
 
 
 class BenchError(OnlinespecError):

@@ -66,6 +66,11 @@ class RunPaths:
         return self.root / "trainer.pt"
 
     @property
+    def record_request(self) -> Path:
+        """There while `onlinespec record` wants rows on disk; the sidecar looks once a second."""
+        return self.root / "record.json"
+
+    @property
     def log(self) -> Path:
         """Output of `serve` and both its processes, where whoever started it put it there."""
         return self.root / "serve.log"

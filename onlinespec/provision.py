@@ -13,6 +13,7 @@ from onlinespec.draft.checkpoint import read_draft, write_draft
 from onlinespec.draft.config import read_target
 from onlinespec.draft.fresh import build_fresh_draft
 from onlinespec.draft.header import check_draft, target_digest
+from onlinespec.draft.tokenizer import check_tokenizer
 from onlinespec.errors import StartError
 from onlinespec.paths import RunPaths
 from onlinespec.versions.journal import Journal, Published
@@ -80,6 +81,7 @@ def provision_draft(target: Path, draft: str, paths: RunPaths, context_tokens: i
         )
     else:
         check_draft(draft, facts, context)
+        check_tokenizer(draft, target)
         config, weights = read_draft(draft)
     manifest = store.publish(
         lambda folder: write_draft(folder, config, weights),

@@ -22,13 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onlinespec.cpu.settings as cpu_settings
-from onlinespec.config import Config, dump_config
+from onlinespec.config import Config
 from onlinespec.errors import StartError, WireError
 from onlinespec.launch import Launch, write_launch
 from onlinespec.paths import RunPaths
 from onlinespec.plugin.entry import RUN_DIR_VARIABLE
 from onlinespec.plugin.sites import check_sites, load_sites
 from onlinespec.provision import Provision, provision_draft, resolve_model
+from onlinespec.resolve import dump_config
 from onlinespec.support import ServerFlags, capture_refusal, parse_flags, refuse_unsupported
 from onlinespec.versions.journal import Journal, ServerStarted
 from onlinespec.wire.messages import GetHello, Hello

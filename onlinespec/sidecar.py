@@ -15,16 +15,22 @@ from collections import Counter, OrderedDict
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import torch
 
-from onlinespec.config import Config, load_config
+from onlinespec.config import Config
+from onlinespec.draft.config import read_target
 from onlinespec.draft.fresh import read_embedding
+from onlinespec.draft.header import aux_layers
 from onlinespec.draft.sample import Sample
 from onlinespec.errors import WireError
 from onlinespec.gate.holdout import first_user_span, group_of, is_holdout
 from onlinespec.launch import read_launch
 from onlinespec.paths import RunPaths
 from onlinespec.promote import Promoter
+from onlinespec.record.live import LiveRecording
+from onlinespec.record.manifest import RowFacts
+from onlinespec.resolve import load_config
 from onlinespec.trainer.assemble import Assembler
 from onlinespec.trainer.learner import Learner
 from onlinespec.trainer.prefix import PrefixRows
@@ -78,6 +84,15 @@ class Sidecar:
         self.learner = Learner(self._config, self.promoter.draft_config, weights, embed_VD)
         self.trainer = self.learner.trainer
         self._target_digest = launch.target_digest
+        facts = RowFacts(
+            target_digest=launch.target_digest,
+            hidden_size=hello.hidden_size,
+            aux_layers=tuple(aux_layers(self.promoter.draft_config, read_target(launch.model).num_layers)),
+            teacher_top_k=self._config.capture.teacher_top_k,
+        )
+        self._recording = LiveRecording(
+            self._paths.record_request, launch.serve_pid, facts, self._config.record.shard_bytes
+        )
         self._assembler = Assembler(PrefixRows(self._config.buffer.prefix_cache_bytes), self._config.buffer.ttl_s)
         self._receiver = SampleReceiver(self._paths.samples_endpoint)
         self._frozen_at_step = 0
@@ -102,11 +117,13 @@ class Sidecar:
                 reported_s = now_s
                 self._assembler.expire(time.time())
                 self.promoter.expire(time.time())
+                self._recording.poll(time.time())
                 self._report()
             if now_s - saved_s >= self._config.trainer.checkpoint_s:
                 saved_s = now_s
                 self._save()
         self._save()
+        self._recording.close()
         self._report()
 
     def _stop(self, _number: int, _frame: object) -> None:
@@ -167,6 +184,7 @@ class Sidecar:
         self._trained_answers[hash(sample.answer_key)] = None
         if len(self._trained_answers) > _MAX_TRAINED_ANSWERS:
             self._trained_answers.popitem(last=False)
+        self._recording.add(sample)
         self.learner.add(sample, time.time())
 
     def _train(self) -> None:
@@ -246,6 +264,7 @@ class Sidecar:
                 "threshold": 1 / race.alpha,
             },
             "last_verdict": verdict and f"{verdict.decision}: {verdict.reason}",
+            "recording": self._recording.progress and msgspec.to_builtins(self._recording.progress),
             "heldout_incomplete": self.promoter.num_incomplete,
             **self.counters,
             **{f"assembler_{name}": count for name, count in self._assembler.counters.items()},

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onlinespec.config import Config, GateConfig, TrainerConfig, dump_config, load_config, parse_override
+from onlinespec.config import Config, GateConfig, TrainerConfig
 from onlinespec.errors import ConfigError
+from onlinespec.explain import explain
+from onlinespec.resolve import dump_config, field_paths, load_config, parse_override, resolve, wanted
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -90,20 +92,29 @@ def test_what_is_dumped_is_loaded_again(tmp_path_factory, alpha: float, seed: in
 
 
 BAD_VALUES = {
-    "gate.alpha=2": ("gate.alpha is 2", "< 1.0"),
-    "gate.alpha=0": ("gate.alpha is 0", "> 0.0"),
-    "gate.alpha=.nan": ("gate.alpha is nan", "> 0.0"),
-    "buffer.replay_frac=1.5": ("buffer.replay_frac is 1.5", "<= 1.0"),
-    "trainer.unroll_steps=9": ("trainer.unroll_steps is 9", "<= 8"),
-    "trainer.unroll_steps=four": ("trainer.unroll_steps is 'four'", "expected int"),
-    "trainer.unroll_steps=2.0": ("trainer.unroll_steps is 2.0", "expected int"),
-    "trainer.enabled=1": ("trainer.enabled is 1", "expected bool"),
-    "versions.keep_last=": ("versions.keep_last is None", "expected int"),
-    "gate=5": ("gate is 5", "expected object"),
+    "gate.alpha=2": (
+        "gate.alpha is 2",
+        "wanted a number above 0 and below 1",
+        "`onlinespec config explain gate.alpha`",
+    ),
+    "gate.alpha=0": ("gate.alpha is 0", "wanted a number above 0 and below 1"),
+    "gate.alpha=.nan": ("gate.alpha is nan", "wanted a number above 0 and below 1"),
+    "buffer.replay_frac=1.5": ("buffer.replay_frac is 1.5", "wanted a number of at least 0 and at most 1"),
+    "trainer.unroll_steps=9": ("trainer.unroll_steps is 9", "wanted an integer of at least 1 and at most 8"),
+    "trainer.unroll_steps=four": ("trainer.unroll_steps is 'four'", "wanted an integer of at least 1"),
+    "trainer.unroll_steps=2.0": ("trainer.unroll_steps is 2.0", "wanted an integer of at least 1"),
+    "trainer.enabled=1": ("trainer.enabled is 1", "wanted true or false"),
+    "trainer.loss=mse": ("trainer.loss is 'mse'", "wanted one of hard, kl, reverse_kl"),
+    "trainer.lora_targets=[1]": ("trainer.lora_targets is [1]", "wanted a list of names"),
+    "versions.keep_last=": ("versions.keep_last is None", "wanted an integer of at least 1"),
+    "gate=5": ("gate is 5", "wanted a mapping of fields"),
     "gate.min_requests=500": ("gate.max_requests is 400", "at least min_requests, 500"),
-    "gate.gamma=1": ("unknown key gate.gamma", "onlinespec config"),
-    "gates.alpha=0.1": ("unknown key gates", "onlinespec config"),
-    "trainer.seed=10000000000000000000000": ("trainer.seed is 10000000000000000000000", "expected int"),
+    "gate.alhpa=0.1": ("unknown key gate.alhpa", "did you mean gate.alpha?"),
+    "gates.alpha=0.1": ("unknown key gates", "did you mean gate?"),
+    "seed=3": ("unknown key seed", "did you mean trainer.seed?"),
+    "buffer.seed=3": ("unknown key buffer.seed", "did you mean trainer.seed?"),
+    "gate.xylophone=1": ("unknown key gate.xylophone; `onlinespec config` prints every field",),
+    "trainer.seed=10000000000000000000000": ("trainer.seed is 10000000000000000000000", "at most 9223372036854775807"),
 }
 
 
@@ -121,9 +132,9 @@ def test_a_bad_value_is_refused_with_its_source_path_value_and_bound(override: s
 BAD_FILES = {
     "gate:\n  alpha: 0.1\n  alpha: 0.2\n": "bad.yaml:3: key 'alpha' appears twice",
     "gate: {}\ntrainer: {}\ngate: {}\n": "bad.yaml:3: key 'gate' appears twice",
-    "gate:\n  holdout_frac: 1.0\n": "gate.holdout_frac is 1.0, expected float < 1.0",
+    "gate:\n  holdout_frac: 1.0\n": "gate.holdout_frac is 1.0, wanted a number above 0 and below 1",
     "gate:\n  gamma: 1\n": "unknown key gate.gamma",
-    "gate:\n": "gate is None, expected object",
+    "gate:\n": "gate is None, wanted a mapping of fields",
     "- gate\n": "found list, wanted a mapping of sections",
     "false\n": "found bool, wanted a mapping of sections",
     "gate: [\n": "not valid YAML",
@@ -179,3 +190,55 @@ def test_every_field_is_documented():
     ]
 
     assert undocumented == []
+
+
+def value_out_of_range(kind: msgspec.inspect.Type) -> object:
+    """One that breaks a bound where there is one, else the type."""
+    for bound, step in (("ge", -1), ("gt", 0), ("le", 1), ("lt", 0)):
+        limit = getattr(kind, bound, None)
+        if limit is not None and abs(limit) < 2**62:
+            return limit + step
+    return "bogus"
+
+
+@pytest.mark.parametrize("path", field_paths())
+def test_every_field_refuses_a_bad_value_with_path_value_bound_and_fix(path: str):
+    kind = field_paths()[path]
+    value = value_out_of_range(kind)
+
+    with pytest.raises(ConfigError) as caught:
+        load_config([], [f"{path}={value}"])
+
+    assert f"{path} is {value!r}, wanted {wanted(kind)}; `onlinespec config explain {path}`" in str(caught.value)
+
+
+def test_explain_says_value_origin_default_bounds_and_meaning(write):
+    file = write("gate:\n  # a comment\n  alpha: 0.1\n  min_requests: 3\n")
+    lines = list(explain(resolve([file], ["gate.min_requests=5"]), "gate"))
+    found = dict(zip(lines[::3], zip(lines[1::3], lines[2::3], strict=True), strict=True))
+
+    bounds = "wanted a number above 0 and below 1"
+    meaning = "    false discovery rate: expected share of a run directory's promotions that were no improvement"
+    assert found["gate.alpha = 0.1"] == (f"    from {file}:3; the default is 0.05; {bounds}", meaning)
+    assert found["gate.min_requests = 5"][0].startswith("    from --set gate.min_requests=5; the default is 8;")
+    assert found["gate.holdout_frac = 0.3"][0] == f"    the default; {bounds}"
+    assert len(found) == len(GateConfig.__struct_fields__)
+
+
+def test_explain_covers_every_field_and_one_alone_and_refuses_a_name_that_is_none():
+    everything = list(explain(resolve()))
+
+    assert [line.partition(" = ")[0] for line in everything[::3]] == list(field_paths())
+    assert all(line.strip() for line in everything)
+    assert next(explain(resolve(), "trainer.seed")) == "trainer.seed = 0"
+    with pytest.raises(ConfigError, match=r"no field or section is called 'trainer\.sed'"):
+        list(explain(resolve(), "trainer.sed"))
+
+
+def test_a_value_that_a_later_source_overrides_names_the_later_source(write):
+    first, second = write("trainer: {seed: 1}\n"), write("trainer:\n  seed: 2\n", "b.yaml")
+
+    sources = resolve([first, second]).sources
+
+    assert sources["trainer.seed"] == f"{second}:2"
+    assert resolve([first], ["trainer={seed: 4}"]).sources["trainer.seed"] == "--set trainer={seed: 4}"

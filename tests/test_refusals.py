@@ -35,7 +35,9 @@ WEIGHTS = "model.safetensors"
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A target of 8 layers, 29 tokens and width 16."""
-    return write_target(tmp_path_factory.mktemp("models") / "target")
+    folder = write_target(tmp_path_factory.mktemp("models") / "target")
+    (folder / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0, "b": 1}}}')
+    return folder
 
 
 @pytest.fixture
@@ -122,6 +124,10 @@ WRONG_DRAFTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "a tensor of another shape": (
         lambda folder: change_weights(folder, **{"fc.weight": torch.zeros(16, 32)}),
         ("fc.weight has shape [16, 32]", "wants [16, 48]"),
+    ),
+    "another tokenizer": (
+        lambda folder: (folder / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0, "c": 1}}}'),
+        ("draft/tokenizer.json: 1 of 2 tokens differ", "id 1 is 'c'", "target/tokenizer.json says 'b'", "--draft init"),
     ),
     "a value that is not finite": (
         lambda folder: change_weights(folder, **{"norm.weight": torch.full((16,), torch.nan)}),

@@ -17,7 +17,6 @@ from rich.live import Live
 
 import onlinespec
 from onlinespec.bench.client import Sampling
-from onlinespec.config import load_config
 from onlinespec.demo.plot import plot
 from onlinespec.demo.result import Result, build_result, checks
 from onlinespec.demo.screen import Screen, final
@@ -25,6 +24,7 @@ from onlinespec.demo.traffic import Phase, Record, Traffic
 from onlinespec.errors import OnlinespecError, StartError, WireError
 from onlinespec.operate import roll_back
 from onlinespec.paths import RunPaths
+from onlinespec.resolve import load_config
 from onlinespec.versions.journal import Journal, state_of
 from onlinespec.wire.messages import GetStatus, Status
 from onlinespec.wire.sockets import ControlClient

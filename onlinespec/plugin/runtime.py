@@ -17,7 +17,7 @@ import sglang
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.runtime_context import get_parallel
 
-from onlinespec.config import Config, load_config
+from onlinespec.config import Config
 from onlinespec.draft.header import read_shapes
 from onlinespec.errors import SwapError
 from onlinespec.launch import Launch, read_launch
@@ -27,6 +27,7 @@ from onlinespec.plugin.requests import RequestBook
 from onlinespec.plugin.sites import Site
 from onlinespec.plugin.swap import ApplyVersion, StageVersion, Swapper
 from onlinespec.plugin.tap import Tap
+from onlinespec.resolve import load_config
 from onlinespec.wire.messages import (
     Ack,
     ControlReply,

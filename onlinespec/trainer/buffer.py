@@ -2,11 +2,14 @@
 
 Memory is bounded by the number of samples times `max_sequence_tokens`; a sample is forgotten `ttl_s` after
 its request ended, whatever else happens. Nothing is persisted. All randomness comes from the generator
-that is passed in, so the same stream gives the same batches.
+that is passed in, so the same stream gives the same batches. `state` names samples by their request; who resumes
+from a recording has the rows.
 """
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -87,6 +90,18 @@ class Reservoir:
         self._holes_outside += num_left - num_inside
         self.samples = kept
 
+    def state(self) -> dict[str, Any]:
+        return {
+            "requests": [sample.request for sample in self.samples],
+            "offered_s": list(self._offered_s),
+            "holes": [self._holes_inside, self._holes_outside],
+        }
+
+    def load_state(self, state: dict[str, Any], samples: list[Sample]) -> None:
+        self.samples = samples
+        self._offered_s = deque(state["offered_s"])
+        self._holes_inside, self._holes_outside = state["holes"]
+
     def _below(self, bound: int) -> int:
         return int(torch.randint(bound, (1,), generator=self._generator))
 
@@ -148,3 +163,17 @@ class Buffer:
         for entry in newest:
             entry.num_draws += 1
         return [entry.sample for entry in newest] + [self._reservoir.samples[i] for i in replayed]
+
+    def state(self) -> dict[str, Any]:
+        """What the next draws depend on but the rows and the generator; plain numbers and lists."""
+        recent = [[entry.sample.request, entry.num_draws] for entry in self._recent]
+        return {"recent": recent, "reservoir": self._reservoir.state()}
+
+    def load_state(self, state: dict[str, Any], samples: Mapping[int, Sample]) -> None:
+        """Go on where the buffer that gave this state stood. samples: looked up by each request that it names."""
+
+        def cropped(number: int) -> Sample:
+            return crop(samples[number], self._config.max_sequence_tokens)
+
+        self._recent = deque(_Entry(cropped(number), num_draws) for number, num_draws in state["recent"])
+        self._reservoir.load_state(state["reservoir"], [cropped(number) for number in state["reservoir"]["requests"]])

@@ -4,6 +4,7 @@ New requests pay for optimizer steps (`trainer.passes` per `trainer.batch_reques
 pace with the stream instead of repeating what little there is. Times are passed in; nothing here reads a clock.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -59,10 +60,21 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """A copy of all that the next steps depend on but the rows, which are never written for it."""
-        return {"trainer": self.trainer.state(), "num_tokens": self.num_tokens, "credit_steps": self._credit_steps}
+        return {
+            "trainer": self.trainer.state(),
+            "buffer": self.buffer.state(),
+            "num_tokens": self.num_tokens,
+            "credit_steps": self._credit_steps,
+        }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on where the learner that gave this state stood; the buffer fills from the stream again."""
+    def load_state(self, state: dict[str, Any], samples: Mapping[int, Sample] | None = None) -> None:
+        """Go on where the learner that gave this state stood.
+
+        samples: what its buffer held, by request; with them the next losses are those of an unbroken run. None
+        where the rows are gone: the buffer fills from the stream again.
+        """
         self.trainer.load_state(state["trainer"])
         self.num_tokens = state["num_tokens"]
         self._credit_steps = state["credit_steps"]
+        if samples is not None:
+            self.buffer.load_state(state["buffer"], samples)

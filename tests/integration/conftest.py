@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from onlinespec.config import load_config
 from onlinespec.draft.checkpoint import read_draft, write_draft
 from onlinespec.draft.fresh import read_embedding
 from onlinespec.draft.sample import Sample
 from onlinespec.launch import read_launch
 from onlinespec.operate import roll_back
+from onlinespec.resolve import load_config
 from onlinespec.trainer.step import Trainer
 from onlinespec.versions.journal import Journal, Published
 from onlinespec.versions.manifest import Provenance

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from onlinespec.config import load_config
+from onlinespec.resolve import load_config
 from onlinespec.serve import plan
 from onlinespec.versions.journal import Journal, Promoted, RolledBack
 from onlinespec.wire.messages import GetStatus

@@ -14,10 +14,10 @@ import msgspec
 import pytest
 
 from onlinespec.bench.client import Sampling
-from onlinespec.config import dump_config, load_config
 from onlinespec.demo.result import build_result, checks
 from onlinespec.demo.traffic import Phase, Traffic
 from onlinespec.operate import roll_back
+from onlinespec.resolve import dump_config, load_config
 from onlinespec.versions.journal import Journal, Judged, Promoted, RaceStarted, state_of
 from onlinespec.world import WORLD
 from onlinespec.world.corpus import FIRST_DOMAIN, SHIFT_DOMAIN

@@ -1,5 +1,6 @@
 """What the buffer remembers, forgets and draws."""
 
+import io
 from collections import Counter
 from dataclasses import replace
 
@@ -152,3 +153,37 @@ def test_the_buffer_crops_what_it_keeps():
     buffer.add(SAMPLE, 0.0)
 
     assert buffer.draw(1, 0.0)[0].num_tokens == 4
+
+
+def test_a_buffer_that_takes_over_a_state_draws_what_the_first_would_have_drawn():
+    config = BufferConfig(recent_samples=4, reservoir_samples=6, ttl_s=25.0, max_sequence_tokens=4)
+    generator = torch.Generator().manual_seed(0)
+    first = Buffer(config, generator)
+    for number in range(40):
+        first.add(numbered(number, ended_s=number), now_s=number)
+        first.draw(2, now_s=number)
+    other_generator = torch.Generator()
+    other_generator.set_state(generator.get_state())
+    second = Buffer(config, other_generator)
+
+    second.load_state(first.state(), {number: numbered(number, ended_s=number) for number in range(40)})
+
+    for number in range(40, 60):
+        for buffer in (first, second):
+            buffer.add(numbered(number, ended_s=number), now_s=number)
+        drawn, again = (buffer.draw(2, now_s=number) for buffer in (first, second))
+        assert requests(again) == requests(drawn)
+        assert {sample.num_tokens for sample in again} == {4}
+
+
+def test_a_state_holds_no_rows_and_is_read_back_without_pickle():
+    buffer = Buffer(BufferConfig(recent_samples=2), torch.Generator().manual_seed(0))
+    for number in range(5):
+        buffer.add(numbered(number), 0.0)
+    file = io.BytesIO()
+
+    torch.save(buffer.state(), file)
+
+    assert len(file.getvalue()) < 4000
+    file.seek(0)
+    assert torch.load(file, weights_only=True) == buffer.state()
