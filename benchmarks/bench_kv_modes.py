@@ -25,12 +25,12 @@ import torch
 from live import Traffic, commit, prefixed_prompts, serving, until
 
 from onlinespec.bench.client import Sampling
-from onlinespec.config import load_config
 from onlinespec.demo.run import CONFIG, free_port
 from onlinespec.draft.checkpoint import read_draft
 from onlinespec.draft.fresh import read_embedding
 from onlinespec.draft.model import Draft
 from onlinespec.draft.walk import walk
+from onlinespec.resolve import load_config
 from onlinespec.trainer.assemble import Assembler
 from onlinespec.trainer.learner import Learner
 from onlinespec.trainer.prefix import PrefixRows

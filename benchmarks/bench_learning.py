@@ -26,10 +26,10 @@ import torch
 from live import commit
 from record_streams import read_stream
 
-from onlinespec.config import load_config
 from onlinespec.draft.fresh import build_fresh_draft, read_embedding
 from onlinespec.draft.model import Draft
 from onlinespec.draft.walk import walk
+from onlinespec.resolve import load_config
 from onlinespec.trainer.learner import Learner
 from onlinespec.world import WORLD
 from onlinespec.world.corpus import FIRST_DOMAIN, SHIFT_DOMAIN
