@@ -101,6 +101,7 @@ BAD_VALUES = {
     "versions.keep_last=": ("versions.keep_last is None", "expected int"),
     "gate=5": ("gate is 5", "expected object"),
     "gate.min_requests=500": ("gate.max_requests is 400", "at least min_requests, 500"),
+    "buffer.min_failure_cases=5": ("buffer.min_failure_cases", "accept_threshold is 0"),
     "gate.gamma=1": ("unknown key gate.gamma", "onlinespec config"),
     "gates.alpha=0.1": ("unknown key gates", "onlinespec config"),
     "trainer.seed=10000000000000000000000": ("trainer.seed is 10000000000000000000000", "expected int"),
