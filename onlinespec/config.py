@@ -55,10 +55,18 @@ class BufferConfig(Section, frozen=True):
     """failure cases that must have come before a round of training starts; 0 trains whenever requests come"""
     prefix_cache_bytes: NonNegative = 64 * 2**20
     """bytes of prompt rows kept to complete requests whose prefix the server had cached"""
+    open_bytes: Positive = 2**30
+    """bytes of rows of requests that have not ended; beyond it the request that holds most is given up and counted"""
     max_sequence_tokens: Positive = 2048
     """longest sample trained on; a longer one keeps its last tokens"""
     ttl_s: PositiveFloat = 3600.0
     """seconds after which a captured request is forgotten"""
+
+    def __post_init__(self) -> None:
+        if self.min_failure_cases and not self.accept_threshold:
+            raise ValueError(
+                "min_failure_cases waits for failure cases and accept_threshold is 0, which makes none; set it"
+            )
 
 
 class TrainerConfig(Section, frozen=True):
@@ -150,8 +158,9 @@ class DriftConfig(Section, frozen=True):
     """watch acceptance per position and task cluster"""
     slack_frac: Fraction = 0.05
     """drop in acceptance per verify step that is tolerated (the delta of Page-Hinkley)"""
-    threshold: PositiveFloat = 25.0
-    """accumulated drop, in verify steps times acceptance, that counts as drift (the lambda of Page-Hinkley)"""
+    threshold: PositiveFloat = 20.0
+    """accumulated drop, in verify steps times acceptance, that counts as drift (the lambda of Page-Hinkley); it is
+    multiplied by how much wider requests spread than independent steps would"""
     min_steps: Positive = 200
     """verify steps of a cluster before it can drift"""
 

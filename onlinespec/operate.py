@@ -61,7 +61,8 @@ def status_lines(root: Path) -> Iterator[str]:
         raise WireError(f"the server answered {type(reply).__name__}, wanted its Status")
     yield f"server    {launch.base_url}, target {launch.model}"
     yield f"draft     version {reply.version}, {reply.num_swaps} swaps since the server started"
-    capture = "on" if reply.capture else f"off {launch.capture_refused}".rstrip()
+    share = "" if reply.sample_frac == 1 else f", {reply.sample_frac:.0%} of requests"
+    capture = f"on{share}" if reply.capture else f"off {launch.capture_refused}".rstrip()
     yield f"capture   {capture}, fuse {reply.fuse} {reply.last_fault}".rstrip()
     yield "tap       " + (
         ", ".join(f"{name} {count}" for name, count in sorted(reply.counters.items())) or "no rows yet"
@@ -81,7 +82,7 @@ def _compact(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_compact(item)}" for key, item in value.items())
+        return ", ".join(f"{key} {_compact(item)}" for key, item in value.items()) or "-"
     return "-" if value is None else str(value)
 
 

@@ -25,6 +25,7 @@ from onlinespec.draft.header import aux_layers
 from onlinespec.draft.sample import Sample
 from onlinespec.errors import WireError
 from onlinespec.gate.holdout import first_user_span, group_of, is_holdout
+from onlinespec.gate.verdict import Verdict
 from onlinespec.launch import read_launch
 from onlinespec.paths import RunPaths
 from onlinespec.promote import Promoter
@@ -32,11 +33,25 @@ from onlinespec.record.live import LiveRecording
 from onlinespec.record.manifest import RowFacts
 from onlinespec.resolve import load_config
 from onlinespec.trainer.assemble import Assembler
+from onlinespec.trainer.cluster import pooled
+from onlinespec.trainer.drift import Drift
 from onlinespec.trainer.learner import Learner
+from onlinespec.trainer.pace import Pace
 from onlinespec.trainer.prefix import PrefixRows
 from onlinespec.versions.durable import sync_path
 from onlinespec.versions.manifest import Provenance
-from onlinespec.wire.messages import GetHello, Heartbeat, Hello, RequestEnded, RequestStarted, Rows, SampleMessage
+from onlinespec.wire.messages import (
+    GetHello,
+    GetStatus,
+    Heartbeat,
+    Hello,
+    RequestEnded,
+    RequestStarted,
+    Rows,
+    SampleMessage,
+    SetCapture,
+    Status,
+)
 from onlinespec.wire.sockets import ControlClient, SampleReceiver
 
 _NICE = 10
@@ -45,6 +60,8 @@ _MAX_TRAINED_ANSWERS = 200_000
 _MAX_TENANTS = 1000
 _RECEIVE_SLICE_S = 0.25
 _STATUS_S = 1.0
+_STATE_FORMAT = 2
+"""of the checkpoint; one of another format is not resumed from"""
 
 
 def holdout_key(path: Path) -> bytes:
@@ -93,11 +110,16 @@ class Sidecar:
         self._recording = LiveRecording(
             self._paths.record_request, launch.serve_pid, facts, self._config.record.shard_bytes
         )
-        self._assembler = Assembler(PrefixRows(self._config.buffer.prefix_cache_bytes), self._config.buffer.ttl_s)
+        buffer = self._config.buffer
+        self._assembler = Assembler(PrefixRows(buffer.prefix_cache_bytes), buffer.ttl_s, buffer.open_bytes)
         self._receiver = SampleReceiver(self._paths.samples_endpoint)
         self._frozen_at_step = 0
         self._last_loss = float("nan")
         self._server_counters: dict[str, int] = {}
+        self._pace = Pace(self._config.pace, time.monotonic())
+        self._drift = Drift(self._config.drift)
+        self._capture_frac: float | None = None
+        self._noted_verdict: Verdict | None = None
         self._is_stopped = False
         self._resume()
 
@@ -107,11 +129,12 @@ class Sidecar:
             signal.signal(number, self._stop)
         reported_s = saved_s = time.monotonic()
         while not self._is_stopped:
-            self._receive(0.0 if self.learner.is_due else 0.05)
+            self._receive(0.0 if self._may_train() else 0.05)
             self.promoter.sync()
             if self.promoter.has_moved:
                 self._follow_operator()
             self._train()
+            self._steer()
             now_s = time.monotonic()
             if now_s - reported_s >= _STATUS_S:
                 reported_s = now_s
@@ -168,12 +191,16 @@ class Sidecar:
                 self._server_counters = message.counters
 
     def _file(self, sample: Sample) -> None:
-        """To the gate or to the trainer, for good: the side is the conversation's, not the request's."""
+        """To the gate or to the trainer, for good: the side is the conversation's, not the request's.
+
+        Both sides are watched for drift; only what is trained on shapes the clusters.
+        """
         prompt = sample.tokens_T[: sample.num_prompt_tokens].tolist()
         first_turn = prompt[: first_user_span(prompt, self._generation_prompt)]
         sample = replace(sample, group=group_of(self._key, sample.tenant, first_turn))
         if is_holdout(sample.group, self._config.gate.holdout_frac):
             self.counters["heldout_samples"] += 1
+            self._watch(sample, self.learner.buffer.clusters.nearest(pooled(sample.aux_TA, sample.has_aux_T)))
             verdict = self.promoter.observe(sample)
             if verdict is not None:
                 self.counters[f"verdicts_{verdict.decision}"] += 1
@@ -185,13 +212,44 @@ class Sidecar:
         if len(self._trained_answers) > _MAX_TRAINED_ANSWERS:
             self._trained_answers.popitem(last=False)
         self._recording.add(sample)
-        self.learner.add(sample, time.time())
+        self._watch(sample, self.learner.add(sample, time.time()))
+
+    def _watch(self, sample: Sample, cluster: int | None) -> None:
+        """Drift restores full training and capture at once; a mere change of the mix does not."""
+        if cluster is None:
+            return
+        self._drift.keep_only(self.learner.buffer.clusters.ids)
+        for event in self._drift.observe(cluster, sample.verify, self.promoter.version):
+            print(f"onlinespec sidecar: {event}", flush=True)
+            if event.kind != "mix":
+                self._pace.drifted()
+
+    def _may_train(self) -> bool:
+        running = self._server_counters.get("running_requests", 0)
+        return self._pace.may_step(time.monotonic(), self.learner.is_due, running)
+
+    def _steer(self) -> None:
+        """Tell the pace of a new verdict, and the server which share of requests to capture where that changed."""
+        verdict = self.promoter.last_verdict
+        if verdict is not None and verdict is not self._noted_verdict:
+            self._noted_verdict = verdict
+            self._pace.judged(verdict.decision == "promote")
+        wanted = self._pace.capture_frac
+        if wanted == self._capture_frac:
+            return
+        self._capture_frac = wanted
+        status = self._control.request(GetStatus())
+        assert isinstance(status, Status), status
+        if status.sample_frac != wanted:
+            self._control.acknowledged(SetCapture(status.capture, wanted))
 
     def _train(self) -> None:
-        """One step where new samples paid for it, then a candidate where one is due."""
-        result = self.learner.step(time.time())
+        """One step where new samples paid for it and the pace allows it, then a candidate where one is due."""
+        started_s = time.monotonic()
+        result = self.learner.step(time.time()) if self._may_train() else None
         if result is None:
             return
+        self._pace.stepped(time.monotonic() - started_s)
         self._last_loss = result.loss
         if self.trainer.num_steps - self._frozen_at_step < self._config.gate.candidate_steps:
             return
@@ -219,9 +277,13 @@ class Sidecar:
         if not self._paths.trainer_state.exists():
             return
         saved = torch.load(self._paths.trainer_state, weights_only=True)
+        if saved.get("format") != _STATE_FORMAT:
+            return
         if saved["target_digest"] != self._target_digest or saved["version"] != self.promoter.version:
             return
         self.learner.load_state(saved["learner"])
+        self._drift.load_state(saved["drift"])
+        self._pace.load_saved(saved["pace"])
         self.counters.update(saved["counters"])
         self._tenants.update(saved["tenants"])
         self._trained_answers.update(dict.fromkeys(saved["trained_answers"]))
@@ -230,9 +292,12 @@ class Sidecar:
 
     def _save(self) -> None:
         state = {
+            "format": _STATE_FORMAT,
             "target_digest": self._target_digest,
             "version": self.promoter.version,
             "learner": self.learner.state(),
+            "drift": self._drift.state(),
+            "pace": self._pace.saved(),
             "counters": dict(self.counters),
             "tenants": sorted(self._tenants),
             "trained_answers": list(self._trained_answers),
@@ -254,6 +319,13 @@ class Sidecar:
             "loss": self._last_loss if self._last_loss == self._last_loss else None,
             "skipped_steps": self.trainer.num_skipped,
             "buffered_samples": len(self.learner.buffer),
+            "pace": self._pace.state,
+            "duty_frac": self._pace.duty_frac,
+            "capture_frac": self._pace.capture_frac,
+            "clusters": self.learner.buffer.cluster_sizes(),
+            "drift": self._drift.counters,
+            "last_drift": self._drift.last and str(self._drift.last),
+            "row_shares": self._assembler.row_shares(),
             "candidates": self.promoter.state.num_candidates,
             "promotions": self.promoter.state.num_promotions,
             "race": race

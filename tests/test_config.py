@@ -109,6 +109,7 @@ BAD_VALUES = {
     "versions.keep_last=": ("versions.keep_last is None", "wanted an integer of at least 1"),
     "gate=5": ("gate is 5", "wanted a mapping of fields"),
     "gate.min_requests=500": ("gate.max_requests is 400", "at least min_requests, 500"),
+    "buffer.min_failure_cases=5": ("buffer.min_failure_cases", "accept_threshold is 0"),
     "gate.alhpa=0.1": ("unknown key gate.alhpa", "did you mean gate.alpha?"),
     "gates.alpha=0.1": ("unknown key gates", "did you mean gate?"),
     "seed=3": ("unknown key seed", "did you mean trainer.seed?"),

@@ -14,6 +14,7 @@ from typing import Any
 from onlinespec.wire.messages import RequestEnded, RequestStarted, Segment
 
 _STATE = "_onlinespec"
+_SEED = 0x6F6E6C696E657370
 
 
 @dataclass
@@ -39,6 +40,10 @@ class RequestBook:
     """Every running request's state; see the module's docstring."""
 
     def __init__(self, is_greedy: bool):
+        self.sample_frac = 1.0
+        """share of requests captured, of those first seen from now on; may be set from another thread"""
+        self.num_sampled_out = 0
+        """requests that could have been captured and were left out for `sample_frac`"""
         self._is_greedy = is_greedy
         self._numbers = itertools.count(1)
         self._running: dict[int, weakref.ref[Any]] = {}
@@ -48,7 +53,11 @@ class RequestBook:
         """The request's state, made at first sight. Source: SGLang 0.5.23 managers/schedule_batch.py Req."""
         state = getattr(req, _STATE, None)
         if state is None:
-            state = RequestState(next(self._numbers), _is_capturable(req))
+            number, is_captured = next(self._numbers), _is_capturable(req)
+            if is_captured and not is_sampled(number, self.sample_frac):
+                is_captured = False
+                self.num_sampled_out += 1
+            state = RequestState(number, is_captured)
             setattr(req, _STATE, state)
         return state
 
@@ -77,6 +86,17 @@ class RequestBook:
             del self._running[number]
             messages.append(RequestEnded(number, "abort", 0, 0, 0, time.time()) if req is None else _ended(req, number))
         return messages
+
+
+def is_sampled(number: int, sample_frac: float) -> bool:
+    """True for a share `sample_frac` of request numbers; raising the share only adds requests.
+
+    Source: the finaliser of SplitMix64, Steele, Lea, Flood 2014.
+    """
+    mixed = (number * 0x9E3779B97F4A7C15 + _SEED) % 2**64
+    mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB % 2**64
+    return (mixed ^ mixed >> 31) < sample_frac * 2.0**64
 
 
 def effective_temperature(temperature: float, top_k: int, is_greedy: bool) -> float:

@@ -120,9 +120,18 @@ class Runtime:
 
     def after_pull_raw_reqs(self, requests: Any, *_args: Any) -> Any:
         """Rank 0 adds what waits; the others get None from SGLang and see it by broadcast."""
-        if requests is not None and not self._outbox.empty():
-            self.fuse.run(self._take_deliveries, requests, is_vital=True)
+        if requests is not None:
+            self.fuse.run(self._note_load, is_vital=True)
+            if not self._outbox.empty():
+                self.fuse.run(self._take_deliveries, requests, is_vital=True)
         return requests
+
+    def _note_load(self) -> None:
+        """For the next heartbeat. Every iteration, an idle one too: SGLang filters what has finished after this."""
+        if self._sender is not None:
+            self._sender.counters["running_requests"] = len(self._scheduler.running_batch.reqs)
+            if self._tap is not None:
+                self._sender.counters["requests_sampled_out"] = self._tap.book.num_sampled_out
 
     def _take_deliveries(self, requests: list[Any]) -> None:
         while not self._outbox.empty():
@@ -180,10 +189,12 @@ class Runtime:
                 return self._hello()
             case GetStatus():
                 return self._status()
-            case SetCapture(enabled):
+            case SetCapture(enabled, sample_frac):
                 if self._tap is None:
                     return Ack(False, self._launch.capture_refused, self._swapper.version)
                 self._tap.is_enabled = enabled
+                if sample_frac is not None:
+                    self._tap.book.sample_frac = sample_frac
                 return Ack(True, version=self._swapper.version)
             case Swap():
                 return self._swap(request)
@@ -228,6 +239,7 @@ class Runtime:
             fuse=self.fuse.state,
             last_fault=self.fuse.last_fault,
             counters=dict(counters),
+            sample_frac=self._tap.book.sample_frac if self._tap is not None else 1.0,
         )
 
 

@@ -3,6 +3,8 @@
 Rows are keyed by (request, position), last write wins: a retracted request delivers its rows again. A row
 that is missing (cached prefix, dropped message) leaves a hole in `has_aux_T`; a missing token makes the
 request worthless and it is dropped and counted. A request whose end never comes is dropped after `ttl_s`.
+Rows of requests in flight are bounded by `max_open_bytes`: beyond it the request that holds most is given up,
+which loses the fewest requests and keeps one endless one from shutting out all others.
 
 T tokens, A captured layers, D target width, k teacher top-k, N rows of a pass, M rows with a teacher.
 """
@@ -23,30 +25,38 @@ from onlinespec.wire.messages import RequestEnded, RequestStarted, Rows, Segment
 
 @dataclass
 class _Open:
-    """A request in flight. aux: (position, [n, A*D]); teacher: (position, ids, logits, lse)."""
+    """A request in flight. aux: (position, [n, A*D]); teacher: (position, ids, logits, lse). Each is a copy of its
+    own: a slice would keep the rows of all that ran in the same pass alive."""
 
     started: RequestStarted
     tokens: dict[int, int]
+    num_bytes: int = 0
+    is_given_up: bool = False
     aux: list[tuple[int, torch.Tensor]] = field(default_factory=list)
     teacher: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
     verify: VerifySteps = field(default_factory=VerifySteps)
 
 
-def _tensor(header: FrameHeader, array: np.ndarray) -> torch.Tensor:
-    tensor = torch.from_numpy(array.copy())
-    return tensor.view(torch.bfloat16).float() if header.dtype == "bfloat16" else tensor
+def _copy_of(header: FrameHeader, rows: np.ndarray) -> torch.Tensor:
+    tensor = torch.from_numpy(rows.copy())
+    return tensor.view(torch.bfloat16) if header.dtype == "bfloat16" else tensor
 
 
 class Assembler:
     """Messages in, finished samples out. `counters` says what was lost and why."""
 
-    def __init__(self, prefix_rows: PrefixRows, ttl_s: float):
+    def __init__(self, prefix_rows: PrefixRows, ttl_s: float, max_open_bytes: int):
         self.counters: Counter[str] = Counter()
+        self.open_bytes = 0
+        """of rows of requests in flight"""
         self._prefix_rows = prefix_rows
         self._ttl_s = ttl_s
+        self._max_open_bytes = max_open_bytes
         self._open: dict[int, _Open] = {}
 
     def start(self, message: RequestStarted) -> None:
+        before = self._open.get(message.request)
+        self.open_bytes -= before.num_bytes if before else 0
         self._open[message.request] = _Open(message, dict(enumerate(message.prompt_tokens)))
 
     def rows(self, message: Rows, frames: Sequence[memoryview]) -> None:
@@ -58,27 +68,40 @@ class Assembler:
         leading = [shape[:1] for shape in shapes]
         if leading != [(num_rows,), *[(num_teacher,)] * 3] or [len(shape) for shape in shapes] != [2, 2, 2, 1]:
             raise WireError(f"frames {shapes} came with {num_rows} rows, {num_teacher} of them with a teacher")
-        aux_NA, ids_Mk, logits_Mk, lse_M = (_tensor(*pair) for pair in zip(message.frames, arrays, strict=True))
         row = teacher_row = 0
         for segment in message.segments:
-            teacher = slice(teacher_row, teacher_row + segment.num_teacher_rows)
-            self._segment(
-                segment, aux_NA[row : row + segment.num_rows], (ids_Mk[teacher], logits_Mk[teacher], lse_M[teacher])
-            )
+            if segment.request in self._open:
+                teacher = slice(teacher_row, teacher_row + segment.num_teacher_rows)
+                slices = [slice(row, row + segment.num_rows), teacher, teacher, teacher]
+                copies = zip(message.frames, arrays, slices, strict=True)
+                self._segment(segment, *(_copy_of(header, array[rows]) for header, array, rows in copies))
+            else:
+                self.counters["segments_without_start"] += 1
             row += segment.num_rows
             teacher_row += segment.num_teacher_rows
+        while self.open_bytes > self._max_open_bytes:
+            self._give_up(max(self._open.values(), key=lambda request: request.num_bytes))
 
-    def _segment(
-        self, segment: Segment, aux_nA: torch.Tensor, teacher: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    ) -> None:
-        request = self._open.get(segment.request)
-        if request is None:
-            self.counters["segments_without_start"] += 1
+    def _give_up(self, request: _Open) -> None:
+        """It stays open, without rows, so that what still comes of it is not taken for a lost start."""
+        self.counters["samples_over_memory"] += 1
+        self.open_bytes -= request.num_bytes
+        request.num_bytes, request.is_given_up = 0, True
+        request.aux.clear()
+        request.teacher.clear()
+
+    def _segment(self, segment: Segment, aux_nA: torch.Tensor, *teacher: torch.Tensor) -> None:
+        request = self._open[segment.request]
+        if request.is_given_up:
             return
+        num_bytes = sum(tensor.nbytes for tensor in (aux_nA, *teacher))
+        request.num_bytes += num_bytes
+        self.open_bytes += num_bytes
         request.aux.append((segment.position, aux_nA))
         if segment.num_teacher_rows:
             first = segment.position + segment.num_rows - segment.num_teacher_rows
-            request.teacher.append((first, *teacher))
+            ids_mk, logits_mk, lse_m = teacher
+            request.teacher.append((first, ids_mk, logits_mk, lse_m))
         request.tokens.update(enumerate(segment.tokens, segment.token_position))
         if segment.is_verify:
             verify = request.verify
@@ -97,16 +120,18 @@ class Assembler:
         tokens = [request.tokens.get(position) for position in range(end)]
         if None in tokens:
             return
-        aux_TA = aux_nA.new_zeros(end, aux_nA.shape[1])
-        aux_TA[segment.position :] = aux_nA
-        has_aux_T = torch.arange(end) >= segment.position
-        self._prefix_rows.store(torch.tensor(tokens), aux_TA, has_aux_T)
+        self._prefix_rows.store(
+            torch.tensor(tokens), aux_nA, torch.ones(len(aux_nA), dtype=torch.bool), start=segment.position
+        )
 
     def end(self, message: RequestEnded) -> Sample | None:
         """The finished sample; None where nothing can be learned from it (counted)."""
         request = self._open.pop(message.request, None)
         if request is None:
             self.counters["ends_without_start"] += 1
+            return None
+        self.open_bytes -= request.num_bytes
+        if request.is_given_up:
             return None
         num_tokens = len(request.started.prompt_tokens) + message.num_output_tokens
         tokens = [request.tokens.get(position) for position in range(num_tokens)]
@@ -136,8 +161,7 @@ class Assembler:
             count = max(0, span.stop - span.start)
             ids_Tk[span], logits_Tk[span], lse_T[span] = ids[:count].long(), logits[:count], lse[:count]
             has_teacher_T[span] = True
-        self.counters["rows_missing"] += int((~has_aux_T[: num_tokens - 1]).sum())
-        self.counters["rows_completed"] += self._prefix_rows.complete(tokens_T, aux_TA, has_aux_T)
+        self._count_rows(tokens_T, aux_TA, has_aux_T)
         self._prefix_rows.store(tokens_T, aux_TA, has_aux_T)
         started = request.started
         return Sample(
@@ -158,9 +182,30 @@ class Assembler:
             ended_s=message.time_s,
         )
 
+    def _count_rows(self, tokens_T: torch.Tensor, aux_TA: torch.Tensor, has_aux_T: torch.Tensor) -> None:
+        """Complete the request from the cache; file its rows, and itself, under where they came from."""
+        num_rows, num_captured = len(tokens_T) - 1, int(has_aux_T[:-1].sum())
+        num_completed = self._prefix_rows.complete(tokens_T[:-1], aux_TA[:-1], has_aux_T[:-1])
+        num_missing = num_rows - num_captured - num_completed
+        self.counters["rows_captured"] += num_captured
+        self.counters["rows_completed"] += num_completed
+        self.counters["rows_missing"] += num_missing
+        kind = "missing_context" if num_missing else "completed" if num_completed else "complete"
+        self.counters[f"samples_{kind}"] += 1
+
+    def row_shares(self) -> dict[str, float]:
+        """Of the rows that finished requests should have: captured, completed from the cache, missing. Empty before
+        the first."""
+        counts = {kind: self.counters[f"rows_{kind}"] for kind in ("captured", "completed", "missing")}
+        total = sum(counts.values())
+        return {kind: count / total for kind, count in counts.items()} if total else {}
+
     def expire(self, now_s: float) -> None:
         """Drop requests that started more than `ttl_s` ago and never ended."""
         for number, request in list(self._open.items()):
             if now_s - request.started.time_s > self._ttl_s:
                 del self._open[number]
+                self.open_bytes -= request.num_bytes
+                if request.is_given_up:
+                    continue
                 self.counters["samples_expired"] += 1

@@ -1,7 +1,9 @@
 """One draft's learning: samples in, steps out. What the sidecar does live and `onlinespec train` from a recording.
 
 New requests pay for optimizer steps (`trainer.passes` per `trainer.batch_requests`), so that training keeps
-pace with the stream instead of repeating what little there is. Times are passed in; nothing here reads a clock.
+pace with the stream instead of repeating what little there is. Where `buffer.min_failure_cases` asks for it, what
+they pay is spent in rounds, each begun by so many new failure cases. Times are passed in; nothing here reads a
+clock.
 """
 
 from collections.abc import Mapping
@@ -19,7 +21,7 @@ _MAX_CREDIT_STEPS = 4.0
 
 
 class Learner:
-    """Buffer, trainer and pace. is_fresh: see `Trainer`. Shapes: embed_VD the target's embedding table."""
+    """Buffer, trainer and credit. is_fresh: see `Trainer`. Shapes: embed_VD the target's embedding table."""
 
     def __init__(
         self,
@@ -35,26 +37,40 @@ class Learner:
         """answer tokens added"""
         self._config = config
         self._credit_steps = 0.0
+        self._num_failures_spent = 0
+        """failure cases of rounds before this one"""
+        self._is_in_round = False
 
     @property
     def is_due(self) -> bool:
-        """New requests have paid for a step."""
-        return self._credit_steps >= 1
+        """New requests have paid for a step, and a round has begun."""
+        return self._credit_steps >= 1 and (self._is_in_round or self._has_cases)
 
-    def add(self, sample: Sample, now_s: float) -> None:
-        """Remember a training request."""
+    @property
+    def _has_cases(self) -> bool:
+        return self.buffer.num_failures - self._num_failures_spent >= self._config.buffer.min_failure_cases
+
+    def add(self, sample: Sample, now_s: float) -> int:
+        """Remember a training request. Returns its task cluster."""
         self.num_tokens += sample.num_answer_tokens
-        self.buffer.add(sample, now_s)
+        cluster = self.buffer.add(sample, now_s)
         trainer = self._config.trainer
         if trainer.enabled:
-            credit = self._credit_steps + trainer.passes / trainer.batch_requests
-            self._credit_steps = min(credit, _MAX_CREDIT_STEPS)
+            per_request = trainer.passes / trainer.batch_requests
+            most = max(_MAX_CREDIT_STEPS, per_request * self._config.buffer.min_failure_cases)
+            self._credit_steps = min(self._credit_steps + per_request, most)
+        return cluster
 
     def step(self, now_s: float) -> StepResult | None:
         """One optimizer step; None where none is due."""
         if not self.is_due:
             return None
+        if not self._is_in_round:
+            self._is_in_round = True
+            self._num_failures_spent = self.buffer.num_failures
         self._credit_steps -= 1
+        if self._credit_steps < 1:
+            self._is_in_round = False
         trainer = self._config.trainer
         return self.trainer.step(self.buffer.draw(trainer.batch_requests * trainer.accumulation, now_s))
 
@@ -65,16 +81,19 @@ class Learner:
             "buffer": self.buffer.state(),
             "num_tokens": self.num_tokens,
             "credit_steps": self._credit_steps,
+            "num_failures_spent": self._num_failures_spent,
+            "is_in_round": self._is_in_round,
         }
 
     def load_state(self, state: dict[str, Any], samples: Mapping[int, Sample] | None = None) -> None:
         """Go on where the learner that gave this state stood.
 
-        samples: what its buffer held, by request; with them the next losses are those of an unbroken run. None
-        where the rows are gone: the buffer fills from the stream again.
+        samples: by request number, all that the buffer held: the next steps are then those of an unbroken run.
+        None where the rows are gone; the buffer fills from the stream again.
         """
         self.trainer.load_state(state["trainer"])
+        self.buffer.load_state(state["buffer"], samples or {})
         self.num_tokens = state["num_tokens"]
         self._credit_steps = state["credit_steps"]
-        if samples is not None:
-            self.buffer.load_state(state["buffer"], samples)
+        self._num_failures_spent = state["num_failures_spent"]
+        self._is_in_round = state["is_in_round"]

@@ -5,7 +5,7 @@ acknowledged: a request gets exactly one `Ack`. Encoding is msgpack by msgspec; 
 message as raw frames (see `frames`). Nothing is pickled.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -99,7 +99,8 @@ class RequestEnded(msgspec.Struct, tag=True, frozen=True):
 
 
 class Heartbeat(msgspec.Struct, tag=True, frozen=True):
-    """Counters of the tap since the server started; sent about once a second while rows flow."""
+    """Counters of the tap since the server started, and running_requests, the number there are now; sent about once
+    a second."""
 
     version: int
     counters: dict[str, int]
@@ -127,9 +128,11 @@ class Swap(msgspec.Struct, tag=True, frozen=True):
 
 
 class SetCapture(msgspec.Struct, tag=True, frozen=True):
-    """Switch the tap."""
+    """Switch the tap, and say of how many requests it takes rows."""
 
     enabled: bool
+    sample_frac: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] | None = None
+    """share of requests, from those on that are seen next; None leaves it as it is"""
 
 
 ControlRequest = GetHello | GetStatus | Swap | SetCapture
@@ -144,6 +147,8 @@ class Status(msgspec.Struct, tag=True, frozen=True):
     fuse: Literal["closed", "open", "half-open"]
     last_fault: str
     counters: dict[str, int]
+    sample_frac: float = 1.0
+    """share of requests that are captured while `capture` is on"""
 
 
 class Ack(msgspec.Struct, tag=True, frozen=True):

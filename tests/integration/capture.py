@@ -19,7 +19,7 @@ class Capture:
 
     def __init__(self, server: Server):
         self.server = server
-        self.assembler = Assembler(PrefixRows(64 * 2**20), ttl_s=600)
+        self.assembler = Assembler(PrefixRows(64 * 2**20), ttl_s=600, max_open_bytes=2**30)
         self.started: list[RequestStarted] = []
         self.ended: list[RequestEnded] = []
         self._receiver = SampleReceiver(server.paths.samples_endpoint)

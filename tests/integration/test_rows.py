@@ -56,7 +56,7 @@ def test_samples_are_complete_and_decode_to_the_streamed_answers(capture, learne
     assert texts == {answer.text for answer in answers}
     assert all(sample.is_complete for sample in samples)
     assert {sample.tenant for sample in samples} == {"acme"}
-    assert capture.assembler.counters["rows_completed"] == capture.assembler.counters["rows_missing"] > 0
+    assert capture.assembler.counters["rows_completed"] > capture.assembler.counters["rows_missing"] == 0
 
 
 def test_the_walk_of_the_draft_in_service_equals_the_live_counters_of_every_request(served, capture, learned, embed_VD):

@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 
-from onlinespec.plugin.requests import RequestBook, effective_temperature, prefill_pass, verify_pass
+from onlinespec.plugin.requests import (
+    RequestBook,
+    effective_temperature,
+    is_sampled,
+    prefill_pass,
+    verify_pass,
+)
 from onlinespec.wire.messages import Segment
 
 
@@ -279,3 +285,45 @@ def test_a_request_that_the_server_forgot_without_finishing_it_ends_as_an_abort(
 
     assert [(message.request, message.reason) for message in messages] == [(state.number, "abort")]
     assert book.ended() == []
+
+
+def captured(book: RequestBook, num_requests: int) -> set[int]:
+    return {state.number for state in (book.state_of(Req([1])) for _ in range(num_requests)) if state.is_captured}
+
+
+@pytest.mark.parametrize("frac", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_the_share_of_requests_captured_is_the_one_asked_for(book: RequestBook, frac: float):
+    book.sample_frac = frac
+
+    found = captured(book, 4000)
+
+    assert len(found) / 4000 == pytest.approx(frac, abs=0.025)
+    assert book.num_sampled_out == 4000 - len(found)
+
+
+def test_a_larger_share_only_adds_requests_and_neighbours_are_not_taken_together():
+    few, many = ({n for n in range(1, 4001) if is_sampled(n, frac)} for frac in (0.2, 0.5))
+
+    assert few < many
+    for stride in (2, 3, 8):
+        assert len([n for n in many if n % stride == 0]) == pytest.approx(len(many) / stride, rel=0.1)
+    assert sum(n + 1 in many for n in many) == pytest.approx(len(many) / 2, rel=0.1)
+
+
+def test_a_request_that_was_sampled_out_sends_nothing_whatever_the_share_becomes_meanwhile(book: RequestBook):
+    book.sample_frac = 0.0
+    req = Req([1, 2])
+    kept, started = prefill_pass(book, [req], [Commit(0, (9,))], [0], [2])
+    book.sample_frac = 1.0
+    later = verify_pass(book, [req], [Commit(1, (9,))], [1], 4, [(1, 1)])
+    req.finished_reason = Reason("stop")
+
+    assert (kept.segments, started, later.segments, book.ended()) == ([], [], [], [])
+
+
+def test_a_request_that_could_not_be_captured_is_not_counted_as_sampled_out(book: RequestBook):
+    book.sample_frac = 0.0
+
+    book.state_of(Req([1], lora_id="adapter"))
+
+    assert book.num_sampled_out == 0

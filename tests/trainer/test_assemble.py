@@ -76,8 +76,8 @@ class Server:
         return decoded, [memoryview(array.tobytes()) for array in arrays]
 
 
-def build_assembler(prefix_bytes: int = 0, ttl_s: float = 60.0) -> Assembler:
-    return Assembler(PrefixRows(prefix_bytes), ttl_s)
+def build_assembler(prefix_bytes: int = 0, ttl_s: float = 60.0, max_open_bytes: int = 2**20) -> Assembler:
+    return Assembler(PrefixRows(prefix_bytes), ttl_s, max_open_bytes)
 
 
 def deliver(assembler: Assembler, server: Server, segments: list[tuple[Segment, float]], cached: int = 0):
@@ -191,7 +191,7 @@ def test_rows_of_a_cached_prefix_are_completed_from_a_request_that_is_still_runn
 
     assert sample.is_complete
     assert sample.aux_TA[:6].tolist() == [aux_row(second.tokens, p) for p in range(6)]
-    assert (assembler.counters["rows_missing"], assembler.counters["rows_completed"]) == (4, 4)
+    assert (assembler.counters["rows_missing"], assembler.counters["rows_completed"]) == (0, 4)
 
 
 def test_without_known_rows_a_cached_prefix_stays_a_hole():
@@ -348,3 +348,55 @@ def test_frames_that_do_not_fit_their_segments_are_refused_and_nothing_is_kept(c
 
     assert assembler.end(server.ended()) is None
     assert assembler.counters == {"samples_with_lost_tokens": 1}
+
+
+def test_rows_and_requests_are_counted_under_where_they_came_from():
+    assembler = build_assembler(prefix_bytes=2**20)
+    first, second = Server(), Server([*PROMPT[:4], 99, 51, 52], 5, request=2)
+    other = Server([91, 92, 93, 94, 95, 96], 4, request=3)
+
+    before = assembler.row_shares()
+    deliver(assembler, first, first.whole())
+    deliver(assembler, second, [second.prefill(4, 5), second.verify(5, 1)], cached=4)
+    deliver(assembler, other, [other.prefill(3, 4), other.verify(4, 1)], cached=3)
+
+    kinds = {kind: assembler.counters[f"samples_{kind}"] for kind in ("complete", "completed", "missing_context")}
+    assert before == {}
+    assert kinds == {"complete": 1, "completed": 1, "missing_context": 1}
+    assert assembler.row_shares() == {"captured": 15 / 22, "completed": 4 / 22, "missing": 3 / 22}
+
+
+def test_rows_in_flight_are_bounded_and_the_request_that_holds_most_is_given_up():
+    row_bytes, teacher_bytes = AUX * 4, 2 * 4 + 2 * 4 + 4
+    assembler = build_assembler(max_open_bytes=12 * row_bytes + 6 * teacher_bytes)
+    long, short = Server(request=1), Server([31, 32, 33, 41, 42], 3, request=2)
+    assembler.start(long.started())
+    assembler.start(short.started())
+
+    assembler.rows(*short.message([short.prefill(0, 3)]))
+    sizes = []
+    for part in long.whole():
+        assembler.rows(*long.message([part]))
+        sizes.append(assembler.open_bytes)
+    assembler.rows(*short.message([short.verify(3, 1)]))
+
+    assert max(sizes) <= 12 * row_bytes + 6 * teacher_bytes
+    assert assembler.end(long.ended()) is None
+    assert assembler.end(short.ended()).is_complete
+    assert assembler.counters["samples_over_memory"] == 1
+    assert not {"segments_without_start", "ends_without_start", "samples_with_lost_tokens"} & set(assembler.counters)
+    assert assembler.open_bytes == 0
+
+
+def test_what_ends_or_expires_gives_its_bytes_back():
+    assembler, server = build_assembler(ttl_s=60.0), Server()
+    assembler.start(server.started(time_s=0.0))
+    assembler.rows(*server.message(server.whole()))
+    held = assembler.open_bytes
+    assembler.start(server.started(time_s=0.0))
+    again = assembler.open_bytes
+    assembler.rows(*server.message(server.whole()))
+
+    assembler.expire(100.0)
+
+    assert (held > 0, again, assembler.open_bytes) == (True, 0, 0)

@@ -1,6 +1,5 @@
 """What the buffer remembers, forgets and draws."""
 
-import io
 from collections import Counter
 from dataclasses import replace
 
@@ -9,7 +8,8 @@ import torch
 
 from onlinespec.config import BufferConfig
 from onlinespec.draft.rows import build_rows
-from onlinespec.trainer.buffer import Buffer, Reservoir, crop
+from onlinespec.draft.sample import VerifySteps
+from onlinespec.trainer.buffer import Buffer, crop, live_accept_length
 from tests.draft.tiny import build_draft, build_embedding, build_sample
 
 SAMPLE = build_sample(0, 3, 3)
@@ -69,27 +69,6 @@ def test_there_is_no_replay_while_the_reservoir_is_empty():
 
     assert requests(buffer.draw(2, 0.0)) == [0]
     assert Buffer(BufferConfig(), torch.Generator()).draw(2, 0.0) == []
-
-
-@pytest.mark.parametrize("has_expiry", [False, True])
-def test_the_reservoir_is_a_uniform_sample_of_what_has_not_expired(has_expiry):
-    counts: Counter[int] = Counter()
-    generator = torch.Generator().manual_seed(0)
-    num_runs, total = 1500, 0
-    for _ in range(num_runs):
-        reservoir = Reservoir(5, generator)
-        for number in range(12):
-            reservoir.offer(numbered(number, ended_s=number))
-            if has_expiry:
-                reservoir.expire(number - 7.0)
-        counts.update(requests(reservoir.samples))
-        total += len(reservoir.samples)
-
-    alive = range(4, 12) if has_expiry else range(12)
-    expected = total / len(alive)
-    assert set(counts) == set(alive)
-    assert all(abs(counts[number] - expected) < 5 * expected**0.5 for number in alive)
-    assert total / num_runs > 3
 
 
 def test_requests_are_forgotten_after_their_time_to_live():
@@ -155,35 +134,163 @@ def test_the_buffer_crops_what_it_keeps():
     assert buffer.draw(1, 0.0)[0].num_tokens == 4
 
 
-def test_a_buffer_that_takes_over_a_state_draws_what_the_first_would_have_drawn():
-    config = BufferConfig(recent_samples=4, reservoir_samples=6, ttl_s=25.0, max_sequence_tokens=4)
-    generator = torch.Generator().manual_seed(0)
-    first = Buffer(config, generator)
-    for number in range(40):
-        first.add(numbered(number, ended_s=number), now_s=number)
-        first.draw(2, now_s=number)
-    other_generator = torch.Generator()
-    other_generator.set_state(generator.get_state())
-    second = Buffer(config, other_generator)
-
-    second.load_state(first.state(), {number: numbered(number, ended_s=number) for number in range(40)})
-
-    for number in range(40, 60):
-        for buffer in (first, second):
-            buffer.add(numbered(number, ended_s=number), now_s=number)
-        drawn, again = (buffer.draw(2, now_s=number) for buffer in (first, second))
-        assert requests(again) == requests(drawn)
-        assert {sample.num_tokens for sample in again} == {4}
+TASKS = [torch.randn(SAMPLE.aux_TA.shape[1], generator=torch.Generator().manual_seed(task)) for task in range(3)]
 
 
-def test_a_state_holds_no_rows_and_is_read_back_without_pickle():
-    buffer = Buffer(BufferConfig(recent_samples=2), torch.Generator().manual_seed(0))
-    for number in range(5):
+def of_task(number: int, task: int, ended_s: float = 0.0, committed: list[int] | None = None, num_answer: int = 3):
+    """A request whose hidden states tell its task. committed: tokens of each verify step."""
+    sample = build_sample(number, 3, num_answer, ended_s=ended_s)
+    steps = committed or []
+    verify = VerifySteps([0] * len(steps), [3] * len(steps), [n - 1 for n in steps], steps, [1] * len(steps))
+    return replace(sample, aux_TA=(0.3 * sample.aux_TA + TASKS[task]) * sample.has_aux_T[:, None], verify=verify)
+
+
+def test_the_replay_of_a_task_that_stopped_is_not_washed_out_by_one_that_goes_on():
+    config = BufferConfig(recent_samples=4, reservoir_samples=20, replay_frac=0.5)
+    buffer = Buffer(config, torch.Generator().manual_seed(0))
+    clusters = [buffer.add(of_task(number, task=0), 0.0) for number in range(40)]
+    clusters += [buffer.add(of_task(number, task=1), 0.0) for number in range(40, 400)]
+
+    replayed = Counter(request < 40 for _ in range(50) for request in requests(buffer.draw(4, 0.0))[4:])
+
+    assert len(set(clusters[-300:])) == 1
+    assert len(buffer.clusters) == 2
+    assert sorted(buffer.cluster_sizes().values()) == [10, 14]
+    assert 0.4 < replayed[True] / replayed.total() < 0.6
+
+
+def tokens_drawn_per_token(is_burst: bool) -> dict[str, float]:
+    """Short and long requests, at more than is drawn; in a burst 12 short ones end after each long one."""
+    buffer = Buffer(BufferConfig(recent_samples=8, replay_frac=0.0), torch.Generator().manual_seed(0))
+    came: Counter[str] = Counter()
+    drawn: Counter[str] = Counter()
+    kinds: dict[int, str] = {}
+    number = 0
+    for _ in range(40):
+        order = ["long", *["short"] * 12] if is_burst else [*["short"] * 6, "long", *["short"] * 6]
+        for kind in order:
+            number += 1
+            sample = build_sample(number, 3, {"short": 2, "long": 20}[kind])
+            kinds[number] = kind
+            came[kind] += sample.num_answer_tokens
+            buffer.add(sample, 0.0)
+        for _ in range(5):
+            for sample in buffer.draw(2, 0.0):
+                drawn[kinds[sample.request]] += sample.num_answer_tokens
+    return {kind: drawn[kind] / came[kind] for kind in came}
+
+
+@pytest.mark.parametrize("is_burst", [False, True])
+def test_every_long_request_is_drawn_as_often_per_token_as_the_short_ones_that_ended_before_it(is_burst: bool):
+    per_token = tokens_drawn_per_token(is_burst)
+
+    assert per_token["long"] >= per_token["short"]
+    assert per_token["long"] >= 1.0
+
+
+def test_a_request_that_was_not_drawn_outlives_those_that_were():
+    buffer = Buffer(BufferConfig(recent_samples=3, replay_frac=0.0), torch.Generator().manual_seed(0))
+    for number in range(3):
         buffer.add(numbered(number), 0.0)
-    file = io.BytesIO()
+    drawn = requests(buffer.draw(2, 0.0))
 
-    torch.save(buffer.state(), file)
+    buffer.add(numbered(3), 0.0)
+    buffer.add(numbered(4), 0.0)
 
-    assert len(file.getvalue()) < 4000
-    file.seek(0)
-    assert torch.load(file, weights_only=True) == buffer.state()
+    assert drawn == [2, 1]
+    assert sorted(requests(buffer.draw(3, 0.0))) == [0, 3, 4]
+
+
+def test_a_request_that_the_draft_served_badly_is_a_failure_case_by_its_live_accept_length():
+    config = BufferConfig(accept_threshold=2.0)
+    buffer = Buffer(config, torch.Generator().manual_seed(0))
+
+    for number, committed in enumerate([[1, 2], [2, 2], [3, 1, 1], [4]]):
+        buffer.add(of_task(number, 0, committed=committed), 0.0)
+    buffer.add(of_task(9, 0), 0.0)
+
+    assert buffer.num_failures == 2
+    assert live_accept_length(of_task(0, 0, committed=[1, 2]).verify) == 1.5
+    assert live_accept_length(VerifySteps()) is None
+
+
+@pytest.mark.parametrize(("frac", "expected"), [(0.5, 0.5), (0.25, 0.25), (1.0, 1.0), (0.0, 0.0)])
+def test_failure_cases_make_up_their_share_of_the_new_requests(frac: float, expected: float):
+    config = BufferConfig(accept_threshold=2.0, failure_frac=frac, replay_frac=0.0)
+    buffer = Buffer(config, torch.Generator().manual_seed(0))
+    for number in range(20):
+        buffer.add(of_task(number, 0, committed=[1] if number % 4 == 0 else [3]), 0.0)
+
+    drawn = [request for _ in range(100) for request in requests(buffer.draw(2, 0.0))]
+
+    share = sum(request % 4 == 0 for request in drawn) / len(drawn)
+    assert share == pytest.approx(expected, abs=0.06)
+
+
+@pytest.mark.parametrize(("frac", "num_failures"), [(1.0, 1), (0.0, 3)])
+def test_where_there_are_too_few_of_one_kind_the_other_fills_the_batch(frac: float, num_failures: int):
+    config = BufferConfig(accept_threshold=2.0, failure_frac=frac, replay_frac=0.0)
+    buffer = Buffer(config, torch.Generator().manual_seed(0))
+    for number in range(3):
+        buffer.add(of_task(number, 0, committed=[1] if number < num_failures else [3]), 0.0)
+
+    assert sorted(requests(buffer.draw(3, 0.0))) == [0, 1, 2]
+
+
+def stream(num: int):
+    return [
+        of_task(n, task=n // 7 % 3, ended_s=float(n), committed=[1 + n % 3] * 2, num_answer=2 + n % 5)
+        for n in range(num)
+    ]
+
+
+def play(buffer: Buffer, samples) -> list[list[int]]:
+    batches = []
+    for sample in samples:
+        buffer.add(sample, sample.ended_s)
+        batches.append(requests(buffer.draw(2, sample.ended_s)))
+    return batches
+
+
+CONFIG = BufferConfig(
+    recent_samples=6, reservoir_samples=12, num_clusters=4, ttl_s=50.0, accept_threshold=2.0, max_sequence_tokens=6
+)
+
+
+def test_a_resumed_buffer_draws_exactly_what_an_unbroken_one_does(tmp_path):
+    samples, generator = stream(160), torch.Generator().manual_seed(5)
+    unbroken = play(Buffer(CONFIG, torch.Generator().manual_seed(5)), samples)
+    first = Buffer(CONFIG, generator)
+    play(first, samples[:90])
+    torch.save({"buffer": first.state(), "generator": generator.get_state()}, tmp_path / "state.pt")
+
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    again = torch.Generator()
+    again.set_state(saved["generator"])
+    second = Buffer(CONFIG, again)
+    second.load_state(saved["buffer"], {sample.request: sample for sample in samples})
+
+    assert play(second, samples[90:]) == unbroken[90:]
+    assert second.num_failures == sum(n % 3 == 0 for n in range(160))
+
+
+def test_without_rows_a_buffer_starts_empty_and_knows_its_clusters_and_counts():
+    samples = stream(60)
+    first, second = (Buffer(CONFIG, torch.Generator().manual_seed(5)) for _ in range(2))
+    play(first, samples)
+
+    second.load_state(first.state(), {})
+
+    assert len(second) == 0
+    assert second.draw(2, 60.0) == []
+    assert (second.clusters.ids, second.num_failures) == (first.clusters.ids, first.num_failures)
+    assert second.add(samples[0], 60.0) in first.clusters.ids
+
+
+def test_a_state_that_names_a_request_that_is_gone_is_refused():
+    samples = stream(20)
+    first, second = (Buffer(CONFIG, torch.Generator().manual_seed(5)) for _ in range(2))
+    play(first, samples)
+
+    with pytest.raises(KeyError):
+        second.load_state(first.state(), {0: samples[0]})

@@ -1,10 +1,13 @@
 """Rows of prompts the server did not compute again."""
 
+import random
+
+import pytest
 import torch
 
 from onlinespec.trainer.prefix import PrefixRows
 
-ROW_BYTES = 3 * 4 + 256
+ROW_BYTES = 3 * 4 + 384
 
 
 def build_request(tokens: list[int], num_cached: int = 0):
@@ -54,20 +57,44 @@ def test_rows_that_were_captured_and_gaps_further_on_are_left_alone():
 
 
 def test_memory_is_bounded_and_the_least_used_go_first_from_their_ends():
-    rows = PrefixRows(6 * ROW_BYTES)
-    rows.store(*build_request([1, 2, 3]))
-    rows.store(*build_request([4, 5, 6]))
-    rows.complete(*build_request([1, 2, 3], num_cached=3))
+    first, second, third = (list(range(start, start + 32)) for start in (100, 200, 300))
+    rows = PrefixRows(4 * 16 * ROW_BYTES)
+    rows.store(*build_request(first))
+    rows.store(*build_request(second))
+    rows.complete(*build_request(first, num_cached=32))
 
-    rows.store(*build_request([7, 8]))
+    rows.store(*build_request(third[:10]))
 
-    assert rows.num_bytes == 6 * ROW_BYTES
-    assert len(rows) == 6
-    assert rows.complete(*build_request([1, 2, 3], num_cached=3)) == 3
-    assert rows.complete(*build_request([7, 8], num_cached=2)) == 2
-    _, _, has_aux_T = request = build_request([4, 5, 6], num_cached=3)
-    assert rows.complete(*request) == 1
-    assert has_aux_T.tolist() == [True, False, False]
+    assert rows.num_bytes == (3 * 16 + 10) * ROW_BYTES
+    assert len(rows) == 3 * 16 + 10
+    assert rows.complete(*build_request(first, num_cached=32)) == 32
+    assert rows.complete(*build_request(third[:10], num_cached=10)) == 10
+    _, _, has_aux_T = request = build_request(second, num_cached=32)
+    assert rows.complete(*request) == 16
+    assert has_aux_T.tolist() == [True] * 16 + [False] * 16
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_completed_rows_are_those_of_a_dictionary_of_whole_prefixes(seed: int):
+    rng = random.Random(seed)
+    rows, known = PrefixRows(2**20), {}
+    for _ in range(30):
+        tokens = [rng.choice([1, 1, 1, 2]) for _ in range(rng.randrange(1, 60))]
+        tokens_T, aux_TA, has_aux_T = build_request(tokens)
+        has_aux_T &= torch.rand(len(tokens), generator=torch.Generator().manual_seed(rng.randrange(999))) < 0.9
+        start = rng.randrange(len(tokens))
+        rows.store(tokens_T, aux_TA[start:], has_aux_T[start:], start=start)
+        known.update({tuple(tokens[: p + 1]): aux_TA[p] for p in range(start, len(tokens)) if has_aux_T[p]})
+        asked = [rng.choice([1, 1, 1, 2]) for _ in range(rng.randrange(1, 60))]
+        num_cached = rng.randrange(len(asked) + 1)
+        asked_T, found_TA, found_T = build_request(asked, num_cached)
+        wanted = [tuple(asked[: p + 1]) in known for p in range(num_cached)]
+
+        assert rows.complete(asked_T, found_TA, found_T) == sum(wanted)
+        assert found_T.tolist() == wanted + [True] * (len(asked) - num_cached)
+        assert torch.equal(found_TA, build_request(asked)[1] * found_T[:, None])
+    assert len(rows) == len(known)
+    assert rows.num_bytes == len(known) * ROW_BYTES
 
 
 def test_rows_stored_in_chunks_complete_the_whole_prefix_and_do_not_count_twice():

@@ -34,7 +34,8 @@ SCALARS: dict[Any, st.SearchStrategy] = {
     int: st.integers(-(2**63), 2**64 - 1),
     str: st.text(max_size=8),
     bool: st.booleans(),
-    float: st.floats(allow_nan=False),
+    type(None): st.none(),
+    float: st.floats(0, 1) | st.floats(allow_nan=False),
 }
 
 
@@ -45,6 +46,8 @@ def values_of(kind: Any) -> st.SearchStrategy:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         return st.one_of([values_of(arg) for arg in args])
+    if origin is typing.Annotated:
+        return values_of(args[0]).filter(lambda value: 0 <= value <= 1)
     if origin is Literal:
         return st.sampled_from(args)
     if origin is list:
@@ -118,3 +121,15 @@ def test_each_stream_decodes_its_own_messages_only():
         decode_reply(encode(SetCapture(True)))
     with pytest.raises(WireError, match="control request"):
         decode_request(encode(Ack(True)))
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_share_of_requests_that_is_none_is_refused(share: float):
+    with pytest.raises(WireError, match="control request"):
+        decode_request(encode(SetCapture(True, share)))
+
+
+def test_to_switch_capture_without_a_share_leaves_it_as_it_is():
+    older = msgspec.msgpack.encode({"type": "SetCapture", "enabled": False})
+
+    assert decode_request(older) == SetCapture(False, None)

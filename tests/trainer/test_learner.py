@@ -1,0 +1,96 @@
+"""When a learner steps, and that it goes on where it stood."""
+
+import math
+from dataclasses import replace
+
+import torch
+
+from onlinespec.config import BufferConfig, Config, TrainerConfig
+from onlinespec.draft.sample import VerifySteps
+from onlinespec.trainer.learner import Learner
+from tests.draft.tiny import CONFIG, build_draft, build_embedding, build_sample
+
+TRAINER = TrainerConfig(batch_requests=2, passes=1, unroll_steps=2, warmup_steps=0)
+
+
+def build_learner(trainer: TrainerConfig = TRAINER, **buffer: float) -> Learner:
+    config = Config(trainer=trainer, buffer=BufferConfig(recent_samples=4, reservoir_samples=6, **buffer))
+    return Learner(config, CONFIG, build_draft().weights(), build_embedding())
+
+
+def sample(number: int, accepted: int = 2):
+    verify = VerifySteps([0], [3], [accepted], [accepted + 1], [1], [False])
+    return replace(build_sample(number), verify=verify)
+
+
+def steps(learner: Learner) -> int:
+    """Steps taken until none is due."""
+    number = 0
+    while learner.step(0.0) is not None:
+        number += 1
+    return number
+
+
+def test_so_many_new_requests_pay_for_a_step_and_no_more_than_four_are_owed():
+    learner = build_learner()
+    found = []
+    for number in range(4):
+        learner.add(sample(number), 0.0)
+        found.append(steps(learner))
+    for number in range(4, 40):
+        learner.add(sample(number), 0.0)
+
+    assert found == [0, 1, 0, 1]
+    assert steps(learner) == 4
+
+
+def test_a_round_begins_with_enough_new_failure_cases_and_spends_what_they_paid():
+    learner = build_learner(accept_threshold=2.0, min_failure_cases=12)
+    found = []
+    for number in range(48):
+        learner.add(sample(number, accepted=0 if number % 2 else 3), 0.0)
+        found.append(steps(learner))
+
+    assert [number for number, count in enumerate(found) if count] == [23, 47]
+    assert [count for count in found if count] == [6, 6]
+
+
+def test_with_the_trainer_off_nothing_is_due():
+    learner = build_learner(TrainerConfig(enabled=False))
+    for number in range(10):
+        learner.add(sample(number), 0.0)
+
+    assert not learner.is_due
+
+
+def play(learner: Learner, numbers) -> list[float]:
+    losses = []
+    for number in numbers:
+        learner.add(sample(number), float(number))
+        result = learner.step(float(number))
+        losses.append(math.nan if result is None else result.loss)
+    return losses
+
+
+def test_a_killed_and_resumed_learner_gives_the_losses_of_an_unbroken_one(tmp_path):
+    unbroken = play(build_learner(), range(24))
+    first, second = build_learner(), build_learner()
+    play(first, range(13))
+    torch.save(first.state(), tmp_path / "state.pt")
+
+    second.load_state(torch.load(tmp_path / "state.pt", weights_only=True), {n: sample(n) for n in range(13)})
+
+    assert str(play(second, range(13, 24))) == str(unbroken[13:])
+    assert sum(loss == loss for loss in unbroken) == 12
+    assert second.num_tokens == 24 * 9
+
+
+def test_without_rows_it_goes_on_from_its_weights_with_an_empty_buffer():
+    first, second = build_learner(), build_learner()
+    play(first, range(13))
+
+    second.load_state(first.state())
+
+    assert len(second.buffer) == 0
+    assert second.trainer.num_steps == first.trainer.num_steps
+    assert all(torch.equal(w, first.trainer.weights()[name]) for name, w in second.trainer.weights().items())
