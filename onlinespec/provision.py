@@ -9,11 +9,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from onlinespec.config import TrainerConfig
 from onlinespec.draft.checkpoint import read_draft, write_draft
-from onlinespec.draft.config import read_target
+from onlinespec.draft.config import DraftConfig, read_draft_config, read_target
 from onlinespec.draft.fresh import build_fresh_draft
-from onlinespec.draft.header import check_draft, target_digest
+from onlinespec.draft.header import canonical_names, check_draft, target_digest
 from onlinespec.draft.tokenizer import check_tokenizer
+from onlinespec.draft.trainable import check_trainable
 from onlinespec.errors import StartError
 from onlinespec.paths import RunPaths
 from onlinespec.versions.journal import Journal, Published
@@ -55,12 +57,15 @@ def resolve_model(model: str) -> Path:
         ) from error
 
 
-def provision_draft(target: Path, draft: str, paths: RunPaths, context_tokens: int, seed: int) -> Provision:
+def provision_draft(
+    target: Path, draft: str, paths: RunPaths, context_tokens: int, trainer: TrainerConfig
+) -> Provision:
     """Resume the incumbent, or make version 1 of a fresh or a given draft.
 
     draft: a directory, `init` for a fresh one, `init:CONFIG` for a fresh one in the shape of a draft's config.
     context_tokens: the server's --context-length; 0 means the target's own.
-    Raises: CheckpointError where the draft does not fit; VersionError where the store is another target's.
+    Raises: CheckpointError where the draft does not fit; ConfigError where it cannot be trained as `trainer` says;
+    VersionError where the store is another target's.
     """
     facts = read_target(target)
     digest = target_digest(target)
@@ -70,11 +75,13 @@ def provision_draft(target: Path, draft: str, paths: RunPaths, context_tokens: i
     notices: tuple[str, ...] = ()
     if manifest is not None:
         store.verify(manifest.version)
+        _check_trainable(read_draft_config(paths.version(manifest.version)), trainer)
         notices = (f"resuming draft version {manifest.version}, the last one in service; --draft {draft} is not read",)
         return Provision(paths.version(manifest.version), manifest.version, digest, context, notices)
-    if draft == FRESH or draft.startswith(FRESH_IN_SHAPE):
+    is_fresh = draft == FRESH or draft.startswith(FRESH_IN_SHAPE)
+    if is_fresh:
         shape = draft.removeprefix(FRESH_IN_SHAPE) if draft != FRESH else None
-        config, weights = build_fresh_draft(target, seed, shape, context)
+        config, weights = build_fresh_draft(target, trainer.seed, shape, context)
         notices = (
             "starting from an untrained draft: until it has learned, a verify step emits about one token and costs"
             " more than a plain decode step; expect lower speed at first",
@@ -83,12 +90,18 @@ def provision_draft(target: Path, draft: str, paths: RunPaths, context_tokens: i
         check_draft(draft, facts, context)
         check_tokenizer(draft, target)
         config, weights = read_draft(draft)
+    _check_trainable(config, trainer)
     manifest = store.publish(
         lambda folder: write_draft(folder, config, weights),
         parent=None,
         target_digest=digest,
-        provenance=Provenance(optimizer_steps=0, answer_tokens=0, seed=seed, tenants=()),
+        provenance=Provenance(optimizer_steps=0, answer_tokens=0, seed=trainer.seed, tenants=(), is_fresh=is_fresh),
         created_s=time.time(),
     )
     Journal(paths).append(Published(time_s=time.time(), version=manifest.version, digest=manifest.digest))
     return Provision(paths.version(manifest.version), manifest.version, digest, context, notices)
+
+
+def _check_trainable(config: DraftConfig, trainer: TrainerConfig) -> None:
+    if trainer.enabled:
+        check_trainable(canonical_names(config), trainer.kv_mode, trainer.lora_rank, trainer.lora_targets)

@@ -40,6 +40,7 @@ from onlinespec.trainer.pace import Pace
 from onlinespec.trainer.prefix import PrefixRows
 from onlinespec.versions.durable import sync_path
 from onlinespec.versions.manifest import Provenance
+from onlinespec.versions.store import VersionStore
 from onlinespec.wire.messages import (
     GetHello,
     GetStatus,
@@ -98,7 +99,8 @@ class Sidecar:
             lambda key: hash(key) in self._trained_answers,
         )
         weights = self.promoter.incumbent_weights()
-        self.learner = Learner(self._config, self.promoter.draft_config, weights, embed_VD)
+        is_fresh = VersionStore(self._paths).manifest(self.promoter.version).provenance.is_fresh
+        self.learner = Learner(self._config, self.promoter.draft_config, weights, embed_VD, is_fresh)
         self.trainer = self.learner.trainer
         self._target_digest = launch.target_digest
         facts = RowFacts(

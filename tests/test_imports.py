@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "promote": {"errors", "config", "paths", "wire", "launch", "draft", "gate", "versions"},
     "sidecar": {"errors", "config", "resolve", "paths", "wire", "launch", "draft", "trainer", "gate", "versions"}
     | {"promote", "record"},
-    "provision": {"errors", "paths", "draft", "versions"},
+    "provision": {"errors", "config", "paths", "draft", "versions"},
     "operate": {"errors", "paths", "wire", "launch", "versions"},
     "serve": {"errors", "config", "resolve", "paths", "wire", "support", "launch", "cpu", "versions", "plugin"}
     | {"provision"},

@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from onlinespec.config import Config
+from onlinespec.config import Config, TrainerConfig
 from onlinespec.draft.checkpoint import read_draft, write_draft
 from onlinespec.draft.fresh import build_fresh_draft
-from onlinespec.errors import OnlinespecError, SiteError, StartError
+from onlinespec.errors import ConfigError, OnlinespecError, SiteError, StartError
 from onlinespec.launch import read_launch
 from onlinespec.paths import RunPaths
 from onlinespec.plugin.sites import installed_sglang
@@ -145,7 +145,7 @@ def test_a_draft_that_cannot_be_served_is_refused_and_no_version_is_made_of_it(
     paths.create()
 
     with pytest.raises(OnlinespecError) as caught:
-        provision_draft(target, str(draft), paths, context_tokens=0, seed=0)
+        provision_draft(target, str(draft), paths, context_tokens=0, trainer=TrainerConfig())
 
     message = str(caught.value)
     assert message.startswith(str(draft))
@@ -153,6 +153,28 @@ def test_a_draft_that_cannot_be_served_is_refused_and_no_version_is_made_of_it(
     assert "\n" not in message
     assert not list(paths.versions.glob("0*"))
     assert not paths.journal.exists()
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "trainer", "told"),
+    [
+        (1, TrainerConfig(lora_rank=64), "trainer.lora_rank is 64, wanted at most 16 for"),
+        (1, TrainerConfig(lora_rank=2, lora_targets=("w",)), "trainer.lora_targets names w, wanted one of"),
+        (2, TrainerConfig(kv_mode="stable"), "trainer.kv_mode is stable, which a draft of several decoder layers"),
+    ],
+)
+def test_a_training_that_does_not_fit_the_draft_is_refused_before_a_version_is_made(
+    target: Path, draft: Path, tmp_path: Path, num_layers: int, trainer: TrainerConfig, told: str
+):
+    other_shape(draft, num_layers=num_layers)
+    paths = RunPaths(tmp_path / "run")
+    paths.create()
+
+    with pytest.raises(ConfigError) as caught:
+        provision_draft(target, str(draft), paths, context_tokens=0, trainer=trainer)
+
+    assert str(caught.value).startswith(told)
+    assert not list(paths.versions.glob("0*"))
 
 
 @pytest.mark.parametrize("given", ["init", "draft"])

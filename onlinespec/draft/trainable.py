@@ -35,6 +35,16 @@ def frozen_names(names: Iterable[str], mode: KvMode) -> frozenset[str]:
     return frozenset(frozen)
 
 
+def check_trainable(shapes: Mapping[str, tuple[int, ...]], mode: KvMode, rank: int, targets: Sequence[str]) -> None:
+    """Hold `trainer.kv_mode` and the adapters against a draft, by the shapes of its tensors.
+
+    Raises: ConfigError, one sentence, where they do not fit.
+    """
+    frozen = frozen_names(shapes, mode)
+    if rank:
+        check_rank(shapes, adapted_names(shapes, targets, frozen), rank)
+
+
 def adapted_names(shapes: Mapping[str, tuple[int, ...]], targets: Sequence[str], frozen: frozenset[str]) -> list[str]:
     """The weights that get an adapter: matrices whose module has a target's name, less the frozen ones.
 

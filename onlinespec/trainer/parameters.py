@@ -13,7 +13,7 @@ from onlinespec.draft.config import DraftConfig
 from onlinespec.draft.header import canonical_names
 from onlinespec.draft.lora import add_adapters, merged
 from onlinespec.draft.model import Draft
-from onlinespec.draft.trainable import adapted_names, check_rank, frozen_names
+from onlinespec.draft.trainable import adapted_names, check_trainable, frozen_names
 
 
 class Parameters:
@@ -23,14 +23,14 @@ class Parameters:
         self.draft = Draft(draft_config, weights)
         self._config = config
         self._base = {name: tensor.clone() for name, tensor in self.draft.weights().items()}
-        self._frozen = frozen_names(canonical_names(draft_config), config.kv_mode)
+        shapes = canonical_names(draft_config)
+        check_trainable(shapes, config.kv_mode, config.lora_rank, config.lora_targets)
+        self._frozen = frozen_names(shapes, config.kv_mode)
         self._is_frozen = False
         self._adapted: list[str] = []
         self._scale = config.lora_alpha / config.lora_rank if config.lora_rank else 0.0
         if config.lora_rank:
-            shapes = canonical_names(draft_config)
             self._adapted = adapted_names(shapes, config.lora_targets, self._frozen)
-            check_rank(shapes, self._adapted, config.lora_rank)
             generator = torch.Generator().manual_seed(config.seed)
             add_adapters(self.draft, self._adapted, config.lora_rank, config.lora_alpha, generator)
         self.draft.is_recomputing = config.checkpoint_activations

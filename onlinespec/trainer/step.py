@@ -177,6 +177,7 @@ class Trainer:
             "optimizer": self._optimizer.state_dict(),
             "objective": self._objective.state(),
             "reach": self._reach_K.clone(),
+            "free_steps": self._free_steps,
             "num_skipped": self.num_skipped,
             "num_steps_before": self._num_steps_before,
             "generator": self.generator.get_state(),
@@ -195,6 +196,7 @@ class Trainer:
         """
         self.num_skipped = state["num_skipped"]
         self._num_steps_before = state["num_steps_before"]
+        self._free_steps = min(state["free_steps"], self._config.kv_free_steps)
         self.generator.set_state(state["generator"])
         if state["layout"] != self._layout():
             self._num_steps_before += state["optimizer"]["num_steps"]

@@ -21,6 +21,8 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     tenants: tuple[str, ...]
     """whose traffic shaped the weights, over the whole life of the trainer"""
+    is_fresh: bool = False
+    """an untrained draft: `trainer.kv_free_steps` applies to what is trained from it"""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):

@@ -66,6 +66,23 @@ def test_a_warm_draft_has_no_free_steps():
     assert "fc.weight" not in moved(before, trainer.weights())
 
 
+def test_a_resumed_draft_that_was_fresh_keeps_its_free_steps_and_one_that_was_warm_has_none():
+    changes = {"kv_mode": "stable", "kv_free_steps": 4}
+    fresh, warm = build_trainer(**changes), build_trainer(is_fresh=False, **changes)
+    run(fresh, 2)
+    run(warm, 2)
+    was_fresh, was_warm = build_trainer(is_fresh=False, **changes), build_trainer(**changes)
+
+    was_fresh.load_state(fresh.state())
+    was_warm.load_state(warm.state())
+    before = [was_fresh.weights(), was_warm.weights()]
+    run(was_fresh, 1)
+    run(was_warm, 1)
+
+    assert "fc.weight" in moved(before[0], was_fresh.weights())
+    assert "fc.weight" not in moved(before[1], was_warm.weights())
+
+
 def test_a_restart_on_a_frozen_draft_keeps_the_keys_of_the_other_weights():
     trainer, other = build_trainer(kv_mode="stable"), build_draft(seed=9).weights()
     run(trainer, 2)
