@@ -13,16 +13,14 @@ next seed where OUT.json holds some.
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 
 import torch
-from live import Traffic, commit, prefixed_prompts, serving, until
+from live import Traffic, prefixed_prompts, serving, until
+from provenance import provenance
 
 from onlinespec.bench.client import Sampling
 from onlinespec.demo.run import CONFIG, free_port
@@ -108,6 +106,19 @@ class Arm:
         if self.learner.trainer.num_steps % SWAP_STEPS == 0:
             self._publish(self.learner.trainer.weights())
 
+    def play(self, receiver, domain, seed, num_tokens):
+        """Serve, learn and swap until so many answer tokens have come."""
+        prompts = prefixed_prompts(domain, seed, NUM_PREFIXES, NUM_TURNS)
+        traffic = Traffic(self.server.base_url, prompts, NUM_USERS, Sampling(max_tokens=160))
+        traffic.start()
+        while self.num_tokens < num_tokens:
+            while self.take(receiver, 0.0 if self.learner.is_due else 0.02):
+                pass
+            self.train()
+        traffic.stop()
+        until(lambda: not self.take(receiver, 0.5), 60)
+        return traffic
+
     def stale_loss(self):
         """(verify steps, tokens live, tokens walked) over complete requests that ran under one version."""
         total = [0, 0, 0]
@@ -157,15 +168,7 @@ def run_arm(server, start, overrides, weights, embed_VD, seed, num_tokens):
             break
     server.flush()
     arm = Arm(server, [*overrides, f"trainer.seed={seed}"], weights, embed_VD, is_fresh=start == "fresh")
-    prompts = prefixed_prompts("support", seed, NUM_PREFIXES, NUM_TURNS)
-    traffic = Traffic(server.base_url, prompts, NUM_USERS, Sampling(max_tokens=160))
-    traffic.start()
-    while arm.num_tokens < num_tokens:
-        while arm.take(receiver, 0.0 if arm.learner.is_due else 0.02):
-            pass
-        arm.train()
-    traffic.stop()
-    until(lambda: not arm.take(receiver, 0.5), 60)
+    traffic = arm.play(receiver, "support", seed, num_tokens)
     receiver.close()
     failed = [answer.error for answer in traffic.answers if answer.error]
     assert not failed, failed[:3]
@@ -179,15 +182,7 @@ def warm_weights(server, embed_VD, seed):
     _, weights = read_draft(server.paths.version(1))
     arm = Arm(server, [f"trainer.seed={seed}"], weights, embed_VD, is_fresh=True)
     receiver = SampleReceiver(server.paths.samples_endpoint)
-    prompts = prefixed_prompts("code", seed, NUM_PREFIXES, NUM_TURNS)
-    traffic = Traffic(server.base_url, prompts, NUM_USERS, Sampling(max_tokens=160))
-    traffic.start()
-    while arm.num_tokens < 8000:
-        while arm.take(receiver, 0.0 if arm.learner.is_due else 0.02):
-            pass
-        arm.train()
-    traffic.stop()
-    until(lambda: not arm.take(receiver, 0.5), 60)
+    arm.play(receiver, "code", seed, 8000)
     receiver.close()
     return arm.learner.trainer.weights(), arm.result()["accept_length_last_quarter"]
 
@@ -233,15 +228,7 @@ def main():
         if seed in {row["seed"] for row in rows}:
             continue
         run_seed(seed, options.tokens, rows)
-        provenance = {
-            "command": " ".join(["python", *sys.argv]),
-            "commit": commit(),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "platform": platform.platform(),
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
-        }
-        report = {**provenance, "swap_steps": SWAP_STEPS, "summary": summary(rows), "rows": rows}
+        report = {**provenance(), "swap_steps": SWAP_STEPS, "summary": summary(rows), "rows": rows}
         options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 

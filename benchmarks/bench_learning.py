@@ -14,16 +14,13 @@ Run: python benchmarks/bench_learning.py STREAMS OUT.json [--seeds 5] [--arms on
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import msgspec
 import torch
-from live import commit
+from provenance import provenance
 from record_streams import read_stream
 
 from onlinespec.draft.fresh import build_fresh_draft, read_embedding
@@ -188,17 +185,9 @@ def main():
             rows.append(run(arm, seed, options.streams))
             final = [round(value, 2) for value in rows[-1]["final"]]
             print(arm, seed, final, round(rows[-1]["training_cpu_s"]), "CPU s", flush=True)
-            provenance = {
-                "command": " ".join(["python", *sys.argv]),
-                "commit": commit(),
-                "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "platform": platform.platform(),
-                "cores": os.cpu_count(),
-                "torch": torch.__version__,
-                "config": msgspec.to_builtins(load_config([], [])),
-                "arms": ARMS,
-            }
-            options.out.write_text(json.dumps({**provenance, "summary": summary(rows), "rows": rows}) + "\n")
+            settings = {"config": msgspec.to_builtins(load_config([], [])), "arms": ARMS}
+            report = {**provenance(), **settings, "summary": summary(rows), "rows": rows}
+            options.out.write_text(json.dumps(report) + "\n")
     for line in summary(rows):
         print(json.dumps(line))
 

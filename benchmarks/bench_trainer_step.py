@@ -9,8 +9,6 @@ Run: python benchmarks/bench_trainer_step.py OUT.json [--shapes tiny,middle] [--
 
 import argparse
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -18,8 +16,8 @@ import sys
 import time
 
 import torch
-from live import commit
 from plain_recipe import PlainTrainer, loss_of
+from provenance import provenance
 
 from onlinespec.config import TrainerConfig
 from onlinespec.draft.config import DraftConfig
@@ -198,16 +196,7 @@ def main():
         print(f"{shape_name}: relative differences {equal[shape_name]}", flush=True)
         for traffic_name in TRAFFIC:
             rows += measure(shape_name, traffic_name, options.rounds)
-    provenance = {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "threads": 1,
-    }
-    report = {**provenance, "unroll_steps": NUM_STEPS, "relative_differences": equal, "rows": rows}
+    report = {**provenance(), "unroll_steps": NUM_STEPS, "relative_differences": equal, "rows": rows}
     with open(options.out, "w") as file:
         json.dump(report, file, indent=1)
 

@@ -12,7 +12,6 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import openai
 
@@ -58,7 +57,8 @@ class LiveServer:
 
 @contextlib.contextmanager
 def serving(port: int, sets: Sequence[str] = ()) -> Iterator[LiveServer]:
-    """Boot, yield, stop."""
+    """Boot, yield, stop; a SIGTERM to us ends the server too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="osb-") as root:
         paths = RunPaths(root)
         paths.create()
@@ -126,10 +126,3 @@ def until(is_done: Callable[[], bool], timeout_s: float) -> None:
     while not is_done():
         assert time.monotonic() < deadline_s, f"not within {timeout_s} s"
         time.sleep(0.05)
-
-
-def commit() -> str:
-    """The commit this was measured on, with a + where the tree had changes."""
-    root = Path(__file__).parent.parent
-    words = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12"]
-    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
