@@ -9,7 +9,7 @@ Tokens to 90 %: first look from which on the accept length is at least 0.9 of th
 phase (`tokens`; one that never gets there counts the whole phase, a lower bound), and of the arm's own (`own`).
 Return: accept length on code after the support phase, over that before it.
 
-Run: python benchmarks/bench_learning.py STREAMS OUT.json [--seeds 5] [--arms onlinespec,recipe]; resumes.
+Run: python benchmarks/bench_learning.py STREAMS OUT.json [--seeds 5] [--tokens 16000] [--arms "onlinespec;recipe"]; resumes.
 """
 
 import argparse
@@ -32,7 +32,6 @@ from onlinespec.world import WORLD
 from onlinespec.world.corpus import FIRST_DOMAIN, SHIFT_DOMAIN
 
 EVERY_TOKENS = 500
-PHASE_TOKENS = 16_000
 NUM_DRAFT_STEPS = 3
 NUM_HELD_OUT = 32
 HELD_OUT_SEED = 201
@@ -54,6 +53,7 @@ ARMS = {
     "onlinespec, reach weights": ["trainer.step_weights=reach"],
     "onlinespec, reverse kl": ["trainer.loss=reverse_kl"],
     "onlinespec, lora 16": ["trainer.lora_rank=16"],
+    "onlinespec, bfloat16": ["trainer.dtype=bfloat16"],
 }
 
 
@@ -74,11 +74,11 @@ class Stream:
             tokens, steps = tokens + sum(found.num_committed), steps + len(found)
         return tokens / steps
 
-    def play(self, domain, samples):
+    def play(self, domain, samples, phase_tokens):
         """[(answer tokens seen in this phase, accept length)]."""
         curve, num_tokens = [(0, self.accept_length(domain))], 0
         for sample in samples:
-            if num_tokens >= PHASE_TOKENS:
+            if num_tokens >= phase_tokens:
                 break
             before, num_tokens = num_tokens, num_tokens + sample.num_answer_tokens
             began_s = time.thread_time()
@@ -96,7 +96,7 @@ def last(curve):
     return statistics.mean(length for _, length in curve[-4:])
 
 
-def run(arm, seed, streams):
+def run(arm, seed, streams, phase_tokens):
     phases = (FIRST_DOMAIN, SHIFT_DOMAIN)
     train = {domain: read_stream(streams, domain, FIRST_SEED + seed) for domain in phases}
     answers = {sample.answer_key for samples in train.values() for sample in samples}
@@ -106,9 +106,9 @@ def run(arm, seed, streams):
         held_out[domain] = [sample for sample in found if sample.answer_key not in answers]
         num_dropped += len(found) - len(held_out[domain])
     stream = Stream(ARMS[arm], seed, held_out)
-    first = stream.play(FIRST_DOMAIN, train[FIRST_DOMAIN])
+    first = stream.play(FIRST_DOMAIN, train[FIRST_DOMAIN], phase_tokens)
     left = stream.accept_length(FIRST_DOMAIN)
-    second = stream.play(SHIFT_DOMAIN, train[SHIFT_DOMAIN])
+    second = stream.play(SHIFT_DOMAIN, train[SHIFT_DOMAIN], phase_tokens)
     return {
         "arm": arm,
         "seed": seed,
@@ -174,15 +174,16 @@ def main():
     parser.add_argument("streams", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--arms", default="onlinespec,recipe")
+    parser.add_argument("--tokens", type=int, default=16_000, help="answer tokens of each phase")
+    parser.add_argument("--arms", default="onlinespec;recipe", help="by name, with semicolons between")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
     for seed in range(options.seeds):
-        for arm in options.arms.split(";" if ";" in options.arms else ","):
+        for arm in options.arms.split(";"):
             if any((row["arm"], row["seed"]) == (arm, seed) for row in rows):
                 continue
-            rows.append(run(arm, seed, options.streams))
+            rows.append(run(arm, seed, options.streams, options.tokens))
             final = [round(value, 2) for value in rows[-1]["final"]]
             print(arm, seed, final, round(rows[-1]["training_cpu_s"]), "CPU s", flush=True)
             settings = {"config": msgspec.to_builtins(load_config([], [])), "arms": ARMS}
