@@ -9,7 +9,8 @@ Tokens to 90 %: first look from which on the accept length is at least 0.9 of th
 phase (`tokens`; one that never gets there counts the whole phase, a lower bound), and of the arm's own (`own`).
 Return: accept length on code after the support phase, over that before it.
 
-Run: python benchmarks/bench_learning.py STREAMS OUT.json [--seeds 5] [--tokens 16000] [--arms "onlinespec;recipe"]; resumes.
+Run: python benchmarks/bench_learning.py STREAMS OUT.json [--seeds 5] [--tokens 16000] [--arms "onlinespec;recipe"]
+A run that was stopped goes on where OUT.json ends.
 """
 
 import argparse
