@@ -64,7 +64,7 @@ class Arm:
         draft_config, _ = read_draft(server.paths.version(1))
         self.learner = Learner(config, draft_config, weights, embed_VD, is_fresh=is_fresh)
         self.server, self.embed_VD, self.draft_config = server, embed_VD, draft_config
-        self.assembler = Assembler(PrefixRows(64 * 2**20), ttl_s=600)
+        self.assembler = Assembler(PrefixRows(2**26), 600, 2**30)
         self.steps, self.swaps, self.requests, self.cpu_s = [], [], [], 0.0
         self.drafts, self.num_tokens, self.num_running = {}, 0, 0
         self._publish(weights)
