@@ -99,6 +99,47 @@ def record(
         command.record(run_dir, out, int(max_gb * 1e9), Console(stderr=True))
 
 
+@app.command("record-dataset")
+def record_dataset(
+    file: Annotated[Path, typer.Argument(help="JSONL: OpenAI chat (messages) or ShareGPT (conversations).")],
+    target: Annotated[str, typer.Option(help="The model: a directory, or a Hugging Face id.")],
+    out: Annotated[Path, typer.Option(help="Directory of the recording: new, empty, or one to go on with.")],
+    max_gb: Annotated[float, typer.Option(help="Gigabytes (1e9 bytes) it may take in all.", min=1e-6)] = 10.0,
+    generate: Annotated[
+        bool,
+        typer.Option("--generate", help="Let the target answer, greedily, instead of the file."),
+    ] = False,
+    generate_tokens: Annotated[int, typer.Option(help="Longest such answer.", min=2)] = 512,
+    temperature: Annotated[float, typer.Option(help="At which your server will sample; 0 is greedy.", min=0.0)] = 0.0,
+    config: ConfigFiles = None,
+    override: Overrides = None,
+) -> None:
+    """Make a recording from a data set with a transformers target, for those who have no server yet.
+
+    The file's answers are text the target did not write: a draft trained on them learns what the target would say
+    next at each place of it. With --generate the answers, and so the rows, are the target's own.
+    """
+    settings = load_config(config or [], override or [])
+
+    from rich.console import Console
+
+    from onlinespec.offline.dataset import record_dataset as run
+    from onlinespec.offline.rows import TargetRows
+    from onlinespec.provision import resolve_model
+
+    rows = TargetRows(
+        resolve_model(target),
+        teacher_top_k=settings.capture.teacher_top_k,
+        temperature=temperature,
+        max_tokens=settings.buffer.max_sequence_tokens,
+        generate_tokens=generate_tokens if generate else None,
+        tenant=file.stem,
+    )
+    source = f"{file.name}, answers {'generated' if generate else 'of the file'}"
+    sizes = {"shard_bytes": settings.record.shard_bytes, "max_bytes": int(max_gb * 1e9)}
+    run(file, rows, out, source=source, console=Console(stderr=True), **sizes)
+
+
 @app.command()
 def train(
     recording: Annotated[Path, typer.Option(help="Directory that `record` or `record-dataset` wrote.")],

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from onlinespec.draft.config import read_target
+from onlinespec.draft.header import check_draft
+from onlinespec.gate.holdout import is_holdout
+from onlinespec.record.reader import Recording
 from onlinespec.resolve import load_config
 from onlinespec.serve import plan
 from onlinespec.versions.journal import Journal, Promoted, RolledBack
@@ -79,8 +83,9 @@ def sidecar_pids(server: Server) -> list[int]:
     return found
 
 
-def command(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "onlinespec.cli", *words], capture_output=True, text=True, timeout=60)
+def command(*words: str, timeout: float = 60) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "onlinespec.cli", *words]
+    return subprocess.run(line, capture_output=True, text=True, timeout=timeout)
 
 
 def test_a_draft_learns_is_promoted_and_training_survives_kill_nine_without_a_failed_request(product):
@@ -123,6 +128,34 @@ def test_status_and_history_tell_what_happened(product):
     assert "capture   on, fuse closed" in told.stdout
     assert "by the gate" in history.stdout
     assert "rolled back" in history.stdout
+
+
+def test_record_keeps_training_rows_on_disk_and_train_learns_from_them_without_the_server(product, tmp_path):
+    words = ["record", "--run-dir", str(product.paths.root)]
+    idle = command(*words, "--stop")
+
+    with Load(product):
+        done = command(*words, "--out", str(tmp_path / "rows"), "--max-gb", "0.002", timeout=240)
+    again = command(*words, "--stop")
+
+    recording = Recording(tmp_path / "rows")
+    samples = list(recording)
+    frac = load_config([product.paths.resolved_config]).gate.holdout_frac
+    size = sum(path.stat().st_size for path in (tmp_path / "rows").iterdir())
+    assert done.returncode == 0, done.stderr
+    assert "full" in done.stderr
+    assert "nothing is being recorded" in idle.stderr
+    assert again.returncode == 1
+    assert 1_000_000 < size <= 2_000_000
+    assert status(product)["recording"]["state"] == "full"
+    assert samples
+    assert not any(is_holdout(sample.group, frac) for sample in samples)
+    assert recording.manifest.facts.aux_layers == (2, 4, 5)
+    assert not product.paths.record_request.exists()
+    where = ["--recording", str(tmp_path / "rows"), "--target", str(WORLD), "--out", str(tmp_path / "out")]
+    trained = command("train", *where, "--draft", "init", "--epochs", "2", timeout=240)
+    assert trained.returncode == 0, trained.stderr
+    check_draft(tmp_path / "out" / "draft", read_target(WORLD))
 
 
 def test_bench_accept_reads_the_servers_counters_and_writes_json(product, tmp_path):

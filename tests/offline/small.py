@@ -25,7 +25,9 @@ def build_samples(count: int) -> list[Sample]:
     for number in range(count):
         sample = build_sample(number, num_prompt=4 + number % 3, num_answer=8 + number % 5)
         tokens_T = (torch.arange(sample.num_tokens) * 3 + number) % 29
-        samples.append(replace(sample, tokens_T=tokens_T, group=bytes([number // 2] * 16), ended_s=10.0 * number))
+        teacher_ids_Tk = (tokens_T[:, None] + 3 + torch.arange(4)) % 29
+        sample = replace(sample, tokens_T=tokens_T, teacher_ids_Tk=teacher_ids_Tk)
+        samples.append(replace(sample, group=bytes([number // 2] * 16), ended_s=10.0 * number))
     return samples
 
 

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 import torch
 
-from onlinespec.draft.checkpoint import read_draft
+from onlinespec.draft.checkpoint import read_draft, write_draft
 from onlinespec.draft.config import read_target
 from onlinespec.draft.fresh import build_fresh_draft, read_embedding
 from onlinespec.draft.header import check_draft, digest
@@ -122,7 +122,7 @@ def test_a_given_draft_is_trained_on_from_where_it_stands(tmp_path: Path):
     assert start == before["evaluation"]["accept_lengths"][-1]["accept_length"]
 
 
-@pytest.mark.parametrize("stop_after", [1, 7, 25, 40])
+@pytest.mark.parametrize("stop_after", [1, 25])
 def test_a_stopped_and_resumed_run_gives_the_losses_of_an_unbroken_one(tmp_path: Path, stop_after: int):
     plan = build_plan(tmp_path, epochs=2)
     run(plan)
@@ -152,9 +152,9 @@ def test_a_run_that_was_killed_and_resumed_gives_the_losses_of_an_unbroken_one(t
     config = tmp_path / "config.yaml"
     config.write_text("buffer: {recent_samples: 6, reservoir_samples: 8}\ntrainer: {unroll_steps: 2, seed: 3}\n")
     words = ["--recording", str(plan.recording), "--target", str(plan.target), "--draft", "init"]
-    words += ["--config", str(config), "--epochs", "40", "--eval-frac", "0.2", "--eval-steps", "50"]
+    words += ["--config", str(config), "--epochs", "5", "--eval-frac", "0.2", "--eval-steps", "50"]
     unbroken = subprocess.Popen(command(*words, "--out", str(tmp_path / "unbroken")), env=environment())
-    often = [*words, "--out", str(tmp_path / "broken"), "--set", "trainer.checkpoint_s=0.05"]
+    often = [*words, "--out", str(tmp_path / "broken"), "--set", "trainer.checkpoint_s=0.2"]
 
     killed = subprocess.Popen(command(*often), env=environment())
     deadline_s = time.monotonic() + TIMEOUT_S
@@ -163,13 +163,14 @@ def test_a_run_that_was_killed_and_resumed_gives_the_losses_of_an_unbroken_one(t
         time.sleep(0.01)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
+    assert not (tmp_path / "broken" / "report.json").exists()
     torch.load(tmp_path / "broken" / "checkpoint.pt", weights_only=True)
     resumed = subprocess.run(command(*often, "--resume"), env=environment(), capture_output=True, text=True)
 
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming, last evaluated at step" in resumed.stderr
     assert unbroken.wait(TIMEOUT_S) == 0
-    assert len(losses(tmp_path / "unbroken")) > 1000
+    assert len(losses(tmp_path / "unbroken")) > 150
     assert losses(tmp_path / "broken") == losses(tmp_path / "unbroken")
     evaluations = [report(tmp_path / name)["evaluation"] for name in ("broken", "unbroken")]
     assert evaluations[0] == evaluations[1]
@@ -242,11 +243,14 @@ def test_a_target_or_draft_the_recording_was_not_made_for_is_refused(tmp_path: P
     other = write_target(tmp_path / "other", seed=1)
     pairs = {"aux_layers": (1, 2, 3)}
     elsewhere = write_recording(tmp_path / "elsewhere", plan.target, build_samples(4), **pairs)
-    wide = build_draft(hidden_size=8, target_hidden_size=8)
+    deep = build_draft(aux_layers=(0, 3, 6))
+    write_draft(tmp_path / "deep", deep.config, deep.weights())
 
     assert "its rows have target_digest" in refused(replace(plan, target=other))
     assert "its rows have aux_layers [1, 2, 3], wanted [2, 4, 5]" in refused(replace(plan, recording=elsewhere))
-    assert wide.config.hidden_size == 8
+    assert "its rows have aux_layers [2, 4, 5], wanted [1, 4, 7]" in refused(
+        replace(plan, draft=str(tmp_path / "deep"))
+    )
 
 
 def test_a_damaged_shard_is_found_before_the_first_step(tmp_path: Path):
