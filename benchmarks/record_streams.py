@@ -53,7 +53,8 @@ def write_stream(root: Path, domain: str, seed: int, samples: list[Sample]) -> N
 
 def capture(server, domain: str, seed: int, num_tokens: int) -> list[Sample]:
     """Finished requests until they hold so many answer tokens."""
-    receiver, assembler, samples = SampleReceiver(server.paths.samples_endpoint), Assembler(PrefixRows(2**26), 600, 2**30), []
+    receiver = SampleReceiver(server.paths.samples_endpoint)
+    assembler, samples = Assembler(PrefixRows(2**26), 600, 2**30), []
     stream = (Prompt.of_text(domain, text) for text in prompts(domain, seed))
     traffic = Traffic(server.base_url, stream, NUM_USERS, Sampling(max_tokens=200))
     traffic.start()

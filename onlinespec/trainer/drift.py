@@ -126,7 +126,7 @@ class Drift:
         """clusters that opened when others were known, and have not been judged"""
         self._all = Acceptance()
         self._unexplained = 0.0
-        """accepted first tokens that are missing against each cluster's own mean, since `_all` began to fall"""
+        """what `_all.fall` would be, were each cluster held against its own mean: the mix moves only the other"""
 
     def observe(self, cluster: int, verify: VerifySteps, version: int) -> list[DriftEvent]:
         """Take a finished request. version: the draft in service; steps of others are passed over."""
@@ -134,6 +134,7 @@ class Drift:
             return []
         if version != self._version:
             self._version = version
+            self._unexplained = 0.0
             for test in (self._all, *(test for tests in self._of.values() for test in tests)):
                 test.swap()
         counts = accepted_by_position(verify, version)
@@ -164,6 +165,7 @@ class Drift:
         for test in tests:
             test.restart()
         self._all.restart()
+        self._unexplained = 0.0
         return [event]
 
     def _newcomer(self, cluster: int) -> list[DriftEvent]:
@@ -183,11 +185,11 @@ class Drift:
     def _overall(self, correct: int, steps: int, cluster_mean: float | None) -> list[DriftEvent]:
         """All clusters as one. cluster_mean: of this request's cluster before it; None where it is not known yet."""
         has_fallen = self._all.observe(correct, steps, self._config)
-        missing = 0.0 if cluster_mean is None else steps * cluster_mean - correct
-        self._unexplained = self._unexplained + missing if self._all.fall else 0.0
+        missing = 0.0 if cluster_mean is None else steps * (cluster_mean - self._config.slack_frac) - correct
+        self._unexplained = max(0.0, self._unexplained + missing)
         if not has_fallen:
             return []
-        is_mix = self._unexplained <= self._config.slack_frac * self._all.fall_steps
+        is_mix = self._unexplained < self._all.fall / 2
         is_draft = self._all.fell_with_the_draft(self._config.min_steps)
         kind: Kind = "mix" if is_mix else "draft" if is_draft else "traffic"
         event = _event(kind, None, 1, self._all)

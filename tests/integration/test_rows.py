@@ -1,6 +1,8 @@
 """The tap on the real server: rows against a teacher-forced forward, walks against the live counters."""
 
 import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -10,7 +12,7 @@ from onlinespec.bench.client import Prompt
 from onlinespec.draft.checkpoint import read_draft
 from onlinespec.draft.fresh import read_embedding
 from onlinespec.draft.model import Draft
-from onlinespec.wire.messages import GetStatus
+from onlinespec.wire.messages import GetStatus, SetCapture
 from onlinespec.world import WORLD
 from tests.integration.drafted import compare_with_probe, count_walked, probe
 from tests.integration.servers import flush, world_prompts
@@ -140,3 +142,26 @@ def test_an_aborted_request_ends_in_the_samples_too(served, capture, learned):
     capture.send([Prompt.of_text("code", "one more request so that the scheduler looks again")], max_tokens=8)
 
     assert capture.ended[-2].reason == "abort"
+
+
+def test_a_share_of_requests_is_captured_and_the_running_ones_are_counted_either_way(served, capture):
+    def counter(name: str) -> int:
+        return served.control.request(GetStatus()).counters[name]
+
+    left_out, running = counter("requests_sampled_out"), set()
+    capture.started.clear()
+    served.control.acknowledged(SetCapture(True, 0.5))
+    share = served.control.request(GetStatus()).sample_frac
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(capture.send, world_prompts(40, seed=31), max_tokens=24)
+        while not sending.done():
+            running.add(counter("running_requests"))
+            time.sleep(0.05)
+    answers, samples = sending.result()
+    served.control.acknowledged(SetCapture(True, 1.0))
+
+    assert (share, len(answers)) == (0.5, 40)
+    assert 8 <= len(samples) == len(capture.started) <= 32
+    assert counter("requests_sampled_out") - left_out == 40 - len(samples)
+    assert max(running) >= 2
+    assert counter("running_requests") == 0

@@ -388,6 +388,16 @@ def test_rows_in_flight_are_bounded_and_the_request_that_holds_most_is_given_up(
     assert assembler.open_bytes == 0
 
 
+def test_a_request_that_was_given_up_and_never_ends_is_counted_once():
+    assembler, server = build_assembler(max_open_bytes=1), Server()
+    assembler.start(server.started(time_s=0.0))
+    assembler.rows(*server.message(server.whole()))
+
+    assembler.expire(1000.0)
+
+    assert assembler.counters == {"samples_over_memory": 1}
+
+
 def test_what_ends_or_expires_gives_its_bytes_back():
     assembler, server = build_assembler(ttl_s=60.0), Server()
     assembler.start(server.started(time_s=0.0))
