@@ -50,6 +50,7 @@ ARMS = {
     },
 }
 SWAP_STEPS = 20
+WARM_STEPS = 200
 NUM_USERS = 4
 NUM_PREFIXES = 4
 NUM_TURNS = 3
@@ -178,13 +179,19 @@ def run_arm(server, start, overrides, weights, embed_VD, seed, num_tokens):
 
 
 def warm_weights(server, embed_VD, seed):
-    """A draft that has learned code: 8,000 answer tokens of its own traffic."""
+    """A draft that has learned code: 8,000 answer tokens of its own traffic, and more steps on those; its shadow on them."""
     _, weights = read_draft(server.paths.version(1))
     arm = Arm(server, [f"trainer.seed={seed}"], weights, embed_VD, is_fresh=True)
     receiver = SampleReceiver(server.paths.samples_endpoint)
     arm.play(receiver, "code", seed, 8000)
     receiver.close()
-    return arm.learner.trainer.weights(), arm.result()["accept_length_last_quarter"]
+    learner = arm.learner
+    for _ in range(WARM_STEPS):
+        learner.trainer.step(learner.buffer.draw(2, time.time()))
+    draft, samples = Draft(arm.draft_config, learner.trainer.weights()), arm.requests[-16:]
+    walks = [walk(draft, sample, embed_VD, NUM_DRAFT_STEPS) for sample in samples]
+    accept_length = sum(sum(w.num_committed) for w in walks) / sum(len(w) for w in walks)
+    return learner.trainer.weights(), round(accept_length, 2)
 
 
 def run_seed(seed, num_tokens, rows):
@@ -192,7 +199,7 @@ def run_seed(seed, num_tokens, rows):
     with serving(free_port()) as server:
         _, fresh = read_draft(server.paths.version(1))
         warm, warm_length = warm_weights(server, embed_VD, seed)
-        print(f"seed {seed}: the warm draft has accept length {warm_length} on code", flush=True)
+        print(f"seed {seed}: the warm draft has accept length {warm_length} on code it has seen", flush=True)
         for start, weights in (("fresh", fresh), ("warm", warm)):
             for mode, overrides in ARMS[start].items():
                 row = run_arm(server, start, overrides, weights, embed_VD, seed, num_tokens)

@@ -104,6 +104,7 @@ def record_dataset(
     file: Annotated[Path, typer.Argument(help="JSONL: OpenAI chat (messages) or ShareGPT (conversations).")],
     target: Annotated[str, typer.Option(help="The model: a directory, or a Hugging Face id.")],
     out: Annotated[Path, typer.Option(help="Directory of the recording: new, empty, or one to go on with.")],
+    draft: Annotated[str, typer.Option(help="As for `train`: it says which hidden states a row holds.")] = "init",
     max_gb: Annotated[float, typer.Option(help="Gigabytes (1e9 bytes) it may take in all.", min=1e-6)] = 10.0,
     generate: Annotated[
         bool,
@@ -123,12 +124,15 @@ def record_dataset(
 
     from rich.console import Console
 
+    from onlinespec.draft.start import read_start_config
     from onlinespec.offline.dataset import record_dataset as run
     from onlinespec.offline.rows import TargetRows
     from onlinespec.provision import resolve_model
 
+    model = resolve_model(target)
     rows = TargetRows(
-        resolve_model(target),
+        model,
+        read_start_config(draft, model),
         teacher_top_k=settings.capture.teacher_top_k,
         temperature=temperature,
         max_tokens=settings.buffer.max_sequence_tokens,
@@ -144,7 +148,7 @@ def record_dataset(
 def train(
     recording: Annotated[Path, typer.Option(help="Directory that `record` or `record-dataset` wrote.")],
     target: Annotated[str, typer.Option(help="The model the recording was made with: directory or Hugging Face id.")],
-    draft: Annotated[str, typer.Option(help="Directory of an EAGLE-3 draft, or `init` for an untrained one.")],
+    draft: Annotated[str, typer.Option(help="Directory of an EAGLE-3 draft; `init` or `init:CONFIG`: untrained.")],
     out: Annotated[Path, typer.Option(help="Where the draft, the report and the checkpoint go.")],
     epochs: Annotated[int, typer.Option(help="Passes over the recording.", min=1)] = 1,
     eval_frac: Annotated[float, typer.Option(help="Share of conversations kept to evaluate.", min=0.0, max=0.9)] = 0.1,

@@ -10,20 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onlinespec.config import TrainerConfig
-from onlinespec.draft.checkpoint import read_draft, write_draft
+from onlinespec.draft.checkpoint import write_draft
 from onlinespec.draft.config import DraftConfig, read_draft_config, read_target
-from onlinespec.draft.fresh import build_fresh_draft
-from onlinespec.draft.header import canonical_names, check_draft, target_digest
-from onlinespec.draft.tokenizer import check_tokenizer
+from onlinespec.draft.header import canonical_names, target_digest
+from onlinespec.draft.start import is_fresh, read_start
 from onlinespec.draft.trainable import check_trainable
 from onlinespec.errors import StartError
 from onlinespec.paths import RunPaths
 from onlinespec.versions.journal import Journal, Published
 from onlinespec.versions.manifest import Provenance
 from onlinespec.versions.store import VersionStore
-
-FRESH = "init"
-FRESH_IN_SHAPE = "init:"
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ def provision_draft(
 ) -> Provision:
     """Resume the incumbent, or make version 1 of a fresh or a given draft.
 
-    draft: a directory, `init` for a fresh one, `init:CONFIG` for a fresh one in the shape of a draft's config.
+    draft: see `draft.start`.
     context_tokens: the server's --context-length; 0 means the target's own.
     Raises: CheckpointError where the draft does not fit; ConfigError where it cannot be trained as `trainer` says;
     VersionError where the store is another target's.
@@ -78,24 +74,20 @@ def provision_draft(
         _check_trainable(read_draft_config(paths.version(manifest.version)), trainer)
         notices = (f"resuming draft version {manifest.version}, the last one in service; --draft {draft} is not read",)
         return Provision(paths.version(manifest.version), manifest.version, digest, context, notices)
-    is_fresh = draft == FRESH or draft.startswith(FRESH_IN_SHAPE)
-    if is_fresh:
-        shape = draft.removeprefix(FRESH_IN_SHAPE) if draft != FRESH else None
-        config, weights = build_fresh_draft(target, trainer.seed, shape, context)
+    config, weights = read_start(draft, target, trainer.seed, context)
+    if is_fresh(draft):
         notices = (
             "starting from an untrained draft: until it has learned, a verify step emits about one token and costs"
             " more than a plain decode step; expect lower speed at first",
         )
-    else:
-        check_draft(draft, facts, context)
-        check_tokenizer(draft, target)
-        config, weights = read_draft(draft)
     _check_trainable(config, trainer)
     manifest = store.publish(
         lambda folder: write_draft(folder, config, weights),
         parent=None,
         target_digest=digest,
-        provenance=Provenance(optimizer_steps=0, answer_tokens=0, seed=trainer.seed, tenants=(), is_fresh=is_fresh),
+        provenance=Provenance(
+            optimizer_steps=0, answer_tokens=0, seed=trainer.seed, tenants=(), is_fresh=is_fresh(draft)
+        ),
         created_s=time.time(),
     )
     Journal(paths).append(Published(time_s=time.time(), version=manifest.version, digest=manifest.digest))

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from jinja2 import TemplateError
 
-from onlinespec.draft.config import read_target
-from onlinespec.draft.header import target_digest
+from onlinespec.draft.config import DraftConfig, read_target
+from onlinespec.draft.header import aux_layers, target_digest
 from onlinespec.draft.sample import Sample, VerifySteps
 from onlinespec.errors import DataError
 from onlinespec.gate.holdout import group_of
@@ -43,6 +43,7 @@ class TargetRows:
     def __init__(
         self,
         target: Path,
+        draft_config: DraftConfig,
         *,
         teacher_top_k: int,
         temperature: float,
@@ -50,7 +51,8 @@ class TargetRows:
         generate_tokens: int | None,
         tenant: str,
     ):
-        """max_tokens: longest sample. generate_tokens: longest answer of the target's own; None keeps the data's.
+        """draft_config: of the draft the rows are for: it says what a row holds. max_tokens: longest sample.
+        generate_tokens: longest answer of the target's own; None keeps the data's.
 
         Raises: DataError where the tokenizer has no chat template; CheckpointError where config.json lacks a field.
         """
@@ -59,7 +61,7 @@ class TargetRows:
         self.facts = RowFacts(
             target_digest=target_digest(target),
             hidden_size=facts.hidden_size,
-            aux_layers=(2, facts.num_layers // 2, facts.num_layers - 3),
+            aux_layers=tuple(aux_layers(draft_config, facts.num_layers)),
             teacher_top_k=teacher_top_k,
         )
         self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(target)
@@ -149,11 +151,13 @@ class TargetRows:
     def _forward(self, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Captured states [T, A*D] and logits [T, V], float32 on the CPU.
 
+        Without captured layers the draft reads the state after the last norm, which transformers gives last.
+
         Source: sglang 0.5.23, srt/models/llama.py, LlamaModel.forward: layer i captures what it is given, which
         is transformers' hidden_states[i].
         """
         out = self._model(torch.tensor([tokens], device=self._model.device), output_hidden_states=True)
-        aux_TA = torch.cat([out.hidden_states[layer][0] for layer in self.facts.aux_layers], dim=-1)
+        aux_TA = torch.cat([out.hidden_states[layer][0] for layer in self.facts.aux_layers or (-1,)], dim=-1)
         return aux_TA.float().cpu(), out.logits[0].float().cpu()
 
     def _sample(self, turn: Turn, rows: tuple[torch.Tensor, torch.Tensor], group: bytes) -> Sample:

@@ -20,13 +20,13 @@ import torch
 
 import onlinespec
 from onlinespec.config import Config
-from onlinespec.draft.checkpoint import read_draft, write_draft
+from onlinespec.draft.checkpoint import write_draft
 from onlinespec.draft.config import DraftConfig, read_target
-from onlinespec.draft.fresh import build_fresh_draft, read_embedding
-from onlinespec.draft.header import aux_layers, check_draft, digest, target_digest
+from onlinespec.draft.fresh import read_embedding
+from onlinespec.draft.header import aux_layers, digest, target_digest
 from onlinespec.draft.model import Draft
 from onlinespec.draft.sample import Sample
-from onlinespec.draft.tokenizer import check_tokenizer
+from onlinespec.draft.start import is_fresh, read_start
 from onlinespec.draft.walk import walk
 from onlinespec.errors import TrainError
 from onlinespec.offline.report import Reporter, Target, build_reporter
@@ -37,7 +37,6 @@ from onlinespec.trainer.learner import Learner
 from onlinespec.trainer.step import StepResult
 from onlinespec.versions.durable import sync_path, sync_tree
 
-FRESH = "init"
 _CHECKPOINT_FILE = "checkpoint.pt"
 _LOG_FILE = "losses.jsonl"
 _REPORT_FILE = "report.json"
@@ -46,7 +45,7 @@ _DRAFT = "draft"
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """What a user asked for. draft: a directory, or `init`."""
+    """What a user asked for. draft: see `draft.start`."""
 
     recording: Path
     target: Path
@@ -101,7 +100,7 @@ class Training:
         gate = plan.config.gate
         self.survey = survey(self.recording, plan.eval_frac, plan.eval_samples, gate.max_missing_frac)
         self._embed_VD = read_embedding(plan.target).float()
-        self._learner = Learner(plan.config, self._draft_config, weights, self._embed_VD)
+        self._learner = Learner(plan.config, self._draft_config, weights, self._embed_VD, is_fresh(plan.draft))
         self._stream = Stream(self.recording, plan.eval_frac, plan.epochs, self.survey.span_s)
         self._settings = self._identity()
         self._place = 0
@@ -115,12 +114,7 @@ class Training:
     def _read_draft(self) -> tuple[DraftConfig, dict[str, torch.Tensor]]:
         """The draft to begin with, once it fits the target and both fit the recording."""
         plan, target = self.plan, read_target(self.plan.target)
-        if plan.draft == FRESH:
-            draft_config, weights = build_fresh_draft(plan.target, plan.config.trainer.seed)
-        else:
-            check_draft(plan.draft, target)
-            check_tokenizer(plan.draft, plan.target)
-            draft_config, weights = read_draft(plan.draft)
+        draft_config, weights = read_start(plan.draft, plan.target, plan.config.trainer.seed)
         found = self.recording.manifest.facts
         wanted = RowFacts(
             target_digest=target_digest(plan.target),
@@ -139,7 +133,7 @@ class Training:
         fields = {f"{section}.{name}": str(value) for section in config for name, value in config[section].items()}
         return fields | {
             "--recording": self.recording.digest,
-            "--draft": FRESH if plan.draft == FRESH else digest(plan.draft),
+            "--draft": plan.draft if is_fresh(plan.draft) else digest(plan.draft),
             "--eval-frac": str(plan.eval_frac),
             "--eval-samples": str(plan.eval_samples),
             "--eval-steps": str(plan.eval_steps),

@@ -37,6 +37,11 @@ class RowFacts(msgspec.Struct, frozen=True, kw_only=True):
     """target layers whose inputs were captured, in the order of the columns"""
     teacher_top_k: int
 
+    @property
+    def row_width(self) -> int:
+        """Values of a row; without captured layers a row is the target's last state."""
+        return max(1, len(self.aux_layers)) * self.hidden_size
+
 
 class RecordingManifest(msgspec.Struct, frozen=True, kw_only=True):
     """See the module's docstring."""

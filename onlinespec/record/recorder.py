@@ -93,10 +93,10 @@ class Recorder:
         """
         facts = self.manifest.facts
         columns = (sample.aux_TA.shape[1], sample.teacher_ids_Tk.shape[1])
-        if columns != (len(facts.aux_layers) * facts.hidden_size, facts.teacher_top_k):
+        if columns != (facts.row_width, facts.teacher_top_k):
             raise RecordError(
                 f"{self.directory}: a sample has rows of {columns[0]} values with {columns[1]} teacher logits, its "
-                f"recording {len(facts.aux_layers)} x {facts.hidden_size} with {facts.teacher_top_k}; use another one"
+                f"recording {facts.row_width} with {facts.teacher_top_k}; use another one"
             )
         num_bytes = sample_bytes(sample) + (0 if self._waiting else HEADER_BYTES)
         manifest_bytes = _SHARD_ENTRY_BYTES * (len(self.manifest.shards) + 3) + 8 * len("".join(self.manifest.tenants))

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from onlinespec.draft.header import target_digest
+from onlinespec.draft.start import read_start_config
 from onlinespec.errors import DataError
 from onlinespec.offline.chat import read_chats
 from onlinespec.offline.dataset import record_dataset
@@ -23,7 +24,7 @@ ROLES = {"user": "human", "assistant": "gpt"}
 
 def build_rows(**changes) -> TargetRows:
     settings = {"teacher_top_k": 8, "temperature": 0.0, "max_tokens": 2048, "generate_tokens": None, "tenant": "data"}
-    return TargetRows(WORLD, **(settings | changes))
+    return TargetRows(WORLD, read_start_config("init", WORLD), **(settings | changes))
 
 
 @pytest.fixture(scope="module")
