@@ -179,7 +179,7 @@ def run_arm(server, start, overrides, weights, embed_VD, seed, num_tokens):
 
 
 def warm_weights(server, embed_VD, seed):
-    """A draft that has learned code: 8,000 answer tokens of its own traffic, and more steps on those; its shadow on them."""
+    """A draft that has learned code, 8,000 answer tokens and more steps on those; its accept length on the last."""
     _, weights = read_draft(server.paths.version(1))
     arm = Arm(server, [f"trainer.seed={seed}"], weights, embed_VD, is_fresh=True)
     receiver = SampleReceiver(server.paths.samples_endpoint)

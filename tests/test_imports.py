@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"provision"},
     "bench": {"errors", "world"},
     "demo": {"errors", "resolve", "paths", "wire", "launch", "versions", "operate", "bench", "world"},
-    "cli": {"errors", "resolve", "explain", "serve", "operate", "bench", "demo", "record", "offline"} | {"provision"},
+    "cli": {"errors", "resolve", "explain", "serve", "operate", "bench", "demo", "record", "offline"} | {"provision", "draft"},
 }
 # Rooms that import SGLang, and their modules that do not and may be imported from outside.
 DOORS = {
