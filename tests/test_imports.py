@@ -41,7 +41,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"provision"},
     "bench": {"errors", "world"},
     "demo": {"errors", "resolve", "paths", "wire", "launch", "versions", "operate", "bench", "world"},
-    "cli": {"errors", "resolve", "explain", "serve", "operate", "bench", "demo", "record", "offline"} | {"provision", "draft"},
+    "cli": {
+        "errors",
+        "resolve",
+        "explain",
+        "draft",
+        "provision",
+        "serve",
+        "operate",
+        "bench",
+        "demo",
+        "record",
+        "offline",
+    },
 }
 # Rooms that import SGLang, and their modules that do not and may be imported from outside.
 DOORS = {

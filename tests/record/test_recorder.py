@@ -159,7 +159,7 @@ def test_rows_of_another_kind_are_not_mixed_in(tmp_path: Path, changes: dict, to
     with pytest.raises(RecordError, match=told):
         recorder(tmp_path / "r", facts=msgspec.structs.replace(FACTS, **changes))
     into = recorder(tmp_path / "r")  # the refused one has let go
-    with pytest.raises(RecordError, match="a sample has rows of 48 values with 5 teacher logits, its recording 48 with 4"):
+    with pytest.raises(RecordError, match="rows of 48 values with 5 teacher logits, its recording 48 with 4"):
         into.add(build_sample(0, top_k=5))
     into.add(sample(1))
     into.close()
