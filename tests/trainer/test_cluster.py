@@ -84,8 +84,17 @@ def test_there_are_never_more_clusters_than_allowed_and_the_nearest_become_one()
         clusters.add(point_F)
         sizes.append(len(clusters))
 
-    assert max(sizes) == 3
+    assert sizes[:31] == list(range(1, 32)), "none is merged before the scale is known"
+    assert max(sizes[31:]) == 3
     assert [Clusters(1).add(point_F).cluster for _, point_F in points] == [0] * len(points)
+
+
+def test_more_tasks_than_clusters_fill_them_and_do_not_all_become_one():
+    clusters = Clusters(8)
+
+    assigned(clusters, shuffled(domain_points(12, 40), 0))
+
+    assert len(clusters) == 8
 
 
 def test_a_cluster_follows_a_domain_that_moves_slowly():

@@ -33,7 +33,7 @@ def points() -> list[tuple[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("is_mixed", [False, True])
-def test_each_domain_of_the_demo_is_a_cluster_of_its_own(points, is_mixed: bool):
+def test_no_cluster_holds_two_domains_of_the_demo(points, is_mixed: bool):
     stream = random.Random(0).sample(points, len(points)) if is_mixed else points
     clusters = Clusters(8)
     for _, point_F in stream:
@@ -41,4 +41,4 @@ def test_each_domain_of_the_demo_is_a_cluster_of_its_own(points, is_mixed: bool)
 
     found = {(domain, clusters.nearest(point_F)) for domain, point_F in points}
 
-    assert len(found) == len(clusters) == len(DOMAINS)
+    assert len(found) == len(clusters) >= len(DOMAINS)
