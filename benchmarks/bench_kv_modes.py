@@ -7,7 +7,7 @@ stream; live minus shadow (the same draft walked over the same rows with its own
 without a swap inside; CPU seconds of training. Fresh: an untrained draft on support. Warm: a draft trained on
 code, then support.
 
-Run: python benchmarks/bench_kv_modes.py OUT.json [--seeds 3] [--tokens 10000]; one boot a seed, resumes at the
+Run: python benchmarks/bench_kv_modes.py OUT.json [--seeds 3] [--tokens 8000]; one boot a seed, resumes at the
 next seed where OUT.json holds some.
 """
 
@@ -227,7 +227,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=10_000)
+    parser.add_argument("--tokens", type=int, default=8_000)
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []

@@ -17,7 +17,8 @@ from onlinespec.draft.sample import Sample
 from onlinespec.trainer.buffer import Buffer
 from onlinespec.trainer.step import StepResult, Trainer
 
-_MAX_CREDIT_STEPS = 4.0
+_MAX_CREDIT_STEPS = 32.0
+"""what may be saved up: requests end in bursts, and a trainer that has paused should not chase what is long gone"""
 
 
 class Learner:

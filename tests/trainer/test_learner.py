@@ -31,17 +31,17 @@ def steps(learner: Learner) -> int:
     return number
 
 
-def test_so_many_new_requests_pay_for_a_step_and_no_more_than_four_are_owed():
+def test_so_many_new_requests_pay_for_a_step_and_no_more_than_32_are_owed():
     learner = build_learner()
     found = []
     for number in range(4):
         learner.add(sample(number), 0.0)
         found.append(steps(learner))
-    for number in range(4, 40):
+    for number in range(4, 100):
         learner.add(sample(number), 0.0)
 
     assert found == [0, 1, 0, 1]
-    assert steps(learner) == 4
+    assert steps(learner) == 32
 
 
 def test_a_round_begins_with_enough_new_failure_cases_and_spends_what_they_paid():
@@ -52,7 +52,7 @@ def test_a_round_begins_with_enough_new_failure_cases_and_spends_what_they_paid(
         found.append(steps(learner))
 
     assert [number for number, count in enumerate(found) if count] == [23, 47]
-    assert [count for count in found if count] == [6, 6]
+    assert [count for count in found if count] == [12, 12]
 
 
 def test_with_the_trainer_off_nothing_is_due():
