@@ -5,11 +5,14 @@ same untrained draft and see the same requests in the same order; accept length 
 requests of the phase's domain, every EVERY_TOKENS answer tokens, on the weights that would be published.
 Held-out answers that occur in training are dropped.
 
-Tokens to 90 %: first look from which on the accept length is at least 0.9 of the better arm's last one in that
-phase (`tokens`; one that never gets there counts the whole phase, a lower bound), and of the arm's own (`own`).
-Return: accept length on code after the support phase, over that before it.
+Each phase is two recorded streams, so neighbouring seeds share text, in another order and with other weights.
 
-Run: python benchmarks/bench_learning.py STREAMS OUT.json [--seeds 5] [--tokens 16000] [--arms "onlinespec;recipe"]
+Tokens to 90 %: first look from which on the accept length stays at least 0.9 of a final one (mean of the last four
+looks): of the better arm's (`best`; an arm that never gets there counts the whole phase, a lower bound), of the
+recipe's (`recipe`), of the arm's own (`own`). Return: accept length on code after the support phase, over that
+before it.
+
+Run: python benchmarks/bench_learning.py STREAMS OUT.json [--seeds 5] [--tokens 32000] [--arms "onlinespec;recipe"]
 A run that was stopped goes on where OUT.json ends.
 """
 
@@ -32,11 +35,12 @@ from onlinespec.trainer.learner import Learner
 from onlinespec.world import WORLD
 from onlinespec.world.corpus import FIRST_DOMAIN, SHIFT_DOMAIN
 
-EVERY_TOKENS = 500
+EVERY_TOKENS = 1_000
 NUM_DRAFT_STEPS = 3
 NUM_HELD_OUT = 32
 HELD_OUT_SEED = 201
 FIRST_SEED = 101
+NUM_STREAMS = 5
 RECIPE = [
     "trainer.optimizer=adamw",
     "trainer.unroll_steps=7",
@@ -99,7 +103,8 @@ def last(curve):
 
 def run(arm, seed, streams, phase_tokens):
     phases = (FIRST_DOMAIN, SHIFT_DOMAIN)
-    train = {domain: read_stream(streams, domain, FIRST_SEED + seed) for domain in phases}
+    seeds = (FIRST_SEED + seed % NUM_STREAMS, FIRST_SEED + (seed + 1) % NUM_STREAMS)
+    train = {domain: [s for number in seeds for s in read_stream(streams, domain, number)] for domain in phases}
     answers = {sample.answer_key for samples in train.values() for sample in samples}
     held_out, num_dropped = {}, 0
     for domain in phases:
@@ -142,6 +147,10 @@ def interval(values):
     return [round(mean, 3), round(mean - half, 3), round(mean + half, 3)]
 
 
+def is_whole(by, arm, seed):
+    return all((name, seed) in by for name in (arm, "recipe", "onlinespec"))
+
+
 def summary(rows):
     """By arm: tokens to 90 %, at the start and after the shift, final accept lengths, the return; and ratios."""
     by = {(row["arm"], row["seed"]): row for row in rows}
@@ -150,19 +159,21 @@ def summary(rows):
     for arm in dict.fromkeys(row["arm"] for row in rows):
         line = {"arm": arm}
         for phase, name in enumerate(("start", "shift")):
-            found, own, ratios = [], [], []
-            for seed in (s for s in seeds if (arm, s) in by):
-                rivals = [by[a, seed]["final"][phase] for a in ("onlinespec", "recipe") if (a, seed) in by]
-                row = by[arm, seed]
-                found.append(tokens_to(row["curves"][phase], 0.9 * max(rivals)))
-                own.append(tokens_to(row["curves"][phase], 0.9 * row["final"][phase]))
-                if ("recipe", seed) in by:
-                    recipe = tokens_to(by["recipe", seed]["curves"][phase], 0.9 * max(rivals))
-                    ratios.append(found[-1] / recipe)
-            line |= {f"{name}_tokens": interval(found), f"{name}_own": interval(own)}
-            line[f"{name}_final"] = interval([by[arm, s]["final"][phase] for s in seeds if (arm, s) in by])
-            if ratios:
-                line[f"{name}_ratio_to_recipe"] = interval(ratios)
+            runs = [
+                (by[arm, seed], by["recipe", seed], by["onlinespec", seed]) for seed in seeds if is_whole(by, arm, seed)
+            ]
+            if not runs:
+                continue
+            line[f"{name}_final"] = interval([row["final"][phase] for row, _, _ in runs])
+            for target, of in (("best", (1, 2)), ("recipe", (1,)), ("own", (0,))):
+                wanted = [0.9 * max(run[i]["final"][phase] for i in of) for run in runs]
+                found = [tokens_to(run[0]["curves"][phase], w) for run, w in zip(runs, wanted, strict=True)]
+                line[f"{name}_to_{target}"] = interval(found)
+                if target != "own":
+                    theirs = [tokens_to(run[1]["curves"][phase], w) for run, w in zip(runs, wanted, strict=True)]
+                    line[f"{name}_to_{target}_over_recipe"] = interval(
+                        [a / b for a, b in zip(found, theirs, strict=True)]
+                    )
         rows_of = [row for row in rows if row["arm"] == arm]
         line["return"] = interval([row["first_domain_at_return"] / row["first_domain_when_left"] for row in rows_of])
         line["training_cpu_s"] = interval([row["training_cpu_s"] for row in rows_of])
@@ -175,7 +186,7 @@ def main():
     parser.add_argument("streams", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=16_000, help="answer tokens of each phase")
+    parser.add_argument("--tokens", type=int, default=32_000, help="answer tokens of each phase")
     parser.add_argument("--arms", default="onlinespec;recipe", help="by name, with semicolons between")
     options = parser.parse_args()
     torch.set_num_threads(1)
