@@ -7,7 +7,7 @@ stream; live minus shadow (the same draft walked over the same rows with its own
 without a swap inside; CPU seconds of training. Fresh: an untrained draft on support. Warm: a draft trained on
 code, then support.
 
-Run: python benchmarks/bench_kv_modes.py OUT.json [--seeds 3] [--tokens 8000]; one boot a seed, resumes at the
+Run: python benchmarks/bench_kv_modes.py OUT.json [--seeds 3] [--tokens 7000]; one boot a seed, resumes at the
 next seed where OUT.json holds some.
 """
 
@@ -16,6 +16,7 @@ import json
 import statistics
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -109,16 +110,16 @@ class Arm:
 
     def play(self, receiver, domain, seed, num_tokens):
         """Serve, learn and swap until so many answer tokens have come."""
-        prompts = prefixed_prompts(domain, seed, NUM_PREFIXES, NUM_TURNS)
-        traffic = Traffic(self.server.base_url, prompts, NUM_USERS, Sampling(max_tokens=160))
+        make_prompts = partial(prefixed_prompts, domain, seed, NUM_PREFIXES, NUM_TURNS)
+        traffic = Traffic(self.server.base_url, make_prompts, NUM_USERS, Sampling(max_tokens=160))
         traffic.start()
         while self.num_tokens < num_tokens:
             while self.take(receiver, 0.0 if self.learner.is_due else 0.02):
                 pass
             self.train()
-        traffic.stop()
+        answers = traffic.stop()
         until(lambda: not self.take(receiver, 0.5), 60)
-        return traffic
+        return answers
 
     def stale_loss(self):
         """(verify steps, tokens live, tokens walked) over complete requests that ran under one version."""
@@ -169,12 +170,12 @@ def run_arm(server, start, overrides, weights, embed_VD, seed, num_tokens):
             break
     server.flush()
     arm = Arm(server, [*overrides, f"trainer.seed={seed}"], weights, embed_VD, is_fresh=start == "fresh")
-    traffic = arm.play(receiver, "support", seed, num_tokens)
+    answers = arm.play(receiver, "support", seed, num_tokens)
     receiver.close()
-    failed = [answer.error for answer in traffic.answers if answer.error]
+    failed = [answer.error for answer in answers if answer.error]
     assert not failed, failed[:3]
-    texts = [answer.text for answer in traffic.answers]
-    prompt_tokens = statistics.mean(answer.num_prompt_tokens for answer in traffic.answers)
+    texts = [answer.text for answer in answers]
+    prompt_tokens = statistics.mean(answer.num_prompt_tokens for answer in answers)
     return arm.result() | {"distinct_answers": len(set(texts)) / len(texts), "prompt_tokens": round(prompt_tokens)}
 
 
@@ -227,7 +228,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=8_000)
+    parser.add_argument("--tokens", type=int, default=7_000)
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []

@@ -3,15 +3,15 @@
 import asyncio
 import contextlib
 import itertools
+import multiprocessing
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import openai
 
@@ -92,33 +92,43 @@ def prefixed_prompts(domain: str, seed: int, num_prefixes: int, num_turns: int) 
         yield Prompt(domain, (*prefix, {"role": "user", "content": next(stream).user}))
 
 
-@dataclass
 class Traffic:
-    """Users in a thread of their own until `stop`; `answers` in the order they ended."""
+    """Users in a process of their own until `stop`, so that a trainer in ours has its interpreter to itself.
 
-    base_url: str
-    prompts: Iterator[Prompt]
-    num_users: int
-    sampling: Sampling
-    answers: list[Answer] = field(default_factory=list)
-    _stopping: threading.Event = field(default_factory=threading.Event)
+    make_prompts: picklable, gives the prompts; answers come in the order they ended.
+    """
+
+    def __init__(self, base_url: str, make_prompts: Callable[[], Iterator[Prompt]], num_users: int, sampling: Sampling):
+        context = multiprocessing.get_context("spawn")
+        self._stopping, self._answers = context.Event(), context.Queue()
+        arguments = (base_url, make_prompts, num_users, sampling, self._stopping, self._answers)
+        self._process = context.Process(target=_users, args=arguments, daemon=True)
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._drive()), daemon=True)
-        self._thread.start()
+        self._process.start()
 
-    def stop(self) -> None:
+    def stop(self) -> list[Answer]:
+        """Let the users finish; what they got."""
         self._stopping.set()
-        self._thread.join()
+        answers = self._answers.get(timeout=120)
+        self._process.join()
+        return answers
 
-    async def _drive(self) -> None:
-        async with openai.AsyncOpenAI(base_url=f"{self.base_url}/v1", api_key="none", timeout=600) as client:
 
-            async def user() -> None:
-                while not self._stopping.is_set():
-                    self.answers.append(await ask(client, str(WORLD), next(self.prompts), self.sampling))
+def _users(base_url, make_prompts, num_users, sampling, stopping, out) -> None:
+    out.put(asyncio.run(_drive(base_url, make_prompts(), num_users, sampling, stopping)))
 
-            await asyncio.gather(*(user() for _ in range(self.num_users)))
+
+async def _drive(base_url, prompts, num_users, sampling, stopping) -> list[Answer]:
+    answers: list[Answer] = []
+    async with openai.AsyncOpenAI(base_url=f"{base_url}/v1", api_key="none", timeout=600) as client:
+
+        async def user() -> None:
+            while not stopping.is_set():
+                answers.append(await ask(client, str(WORLD), next(prompts), sampling))
+
+        await asyncio.gather(*(user() for _ in range(num_users)))
+    return answers
 
 
 def until(is_done: Callable[[], bool], timeout_s: float) -> None:

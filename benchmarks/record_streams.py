@@ -8,6 +8,8 @@ Run: python benchmarks/record_streams.py OUT [--seeds 101,102,103,104,105] [--to
 
 import argparse
 import time
+from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -51,12 +53,15 @@ def write_stream(root: Path, domain: str, seed: int, samples: list[Sample]) -> N
     folder.rename(root / f"{domain}-{seed}")
 
 
+def plain_prompts(domain: str, seed: int) -> Iterator[Prompt]:
+    return (Prompt.of_text(domain, text) for text in prompts(domain, seed))
+
+
 def capture(server, domain: str, seed: int, num_tokens: int) -> list[Sample]:
     """Finished requests until they hold so many answer tokens."""
     receiver = SampleReceiver(server.paths.samples_endpoint)
     assembler, samples = Assembler(PrefixRows(2**26), 600, 2**30), []
-    stream = (Prompt.of_text(domain, text) for text in prompts(domain, seed))
-    traffic = Traffic(server.base_url, stream, NUM_USERS, Sampling(max_tokens=200))
+    traffic = Traffic(server.base_url, partial(plain_prompts, domain, seed), NUM_USERS, Sampling(max_tokens=200))
     traffic.start()
     while sum(sample.num_answer_tokens for sample in samples) < num_tokens:
         received = receiver.receive(1.0)
