@@ -153,8 +153,7 @@ def print_memory(shape_name, traffic_name, system):
     print(json.dumps({"before_bytes": before, "growth_bytes": peak_rss_bytes() - before}))
 
 
-def measure(shape_name, traffic_name, rounds):
-    systems = list(SYSTEMS)
+def measure(shape_name, traffic_name, systems, rounds):
     seconds = speed(shape_name, traffic_name, systems, rounds)
     num_tokens = sum(answer for _, answer in TRAFFIC[traffic_name])
     rows = []
@@ -183,6 +182,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("out", nargs="?")
     parser.add_argument("--shapes", default="tiny,middle")
+    parser.add_argument("--systems", default=";".join(SYSTEMS), help="with semicolons between; plain is always there")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory-of", nargs=3)
     options = parser.parse_args()
@@ -191,11 +191,12 @@ def main():
         print_memory(*options.memory_of)
         return
     rows, equal = [], {}
+    systems = list(dict.fromkeys(["plain", *options.systems.split(";")]))
     for shape_name in options.shapes.split(","):
         equal[shape_name] = check_equal(shape_name)
         print(f"{shape_name}: relative differences {equal[shape_name]}", flush=True)
         for traffic_name in TRAFFIC:
-            rows += measure(shape_name, traffic_name, options.rounds)
+            rows += measure(shape_name, traffic_name, systems, options.rounds)
     report = {**provenance(), "unroll_steps": NUM_STEPS, "relative_differences": equal, "rows": rows}
     with open(options.out, "w") as file:
         json.dump(report, file, indent=1)
