@@ -79,7 +79,7 @@ def rollback(
 @app.command()
 def record(
     out: Annotated[Path | None, typer.Option(help="Directory: new, empty, or a recording to go on with.")] = None,
-    max_gb: Annotated[float, typer.Option(help="Gigabytes (1e9 bytes) the directory may take in all.", min=1e-6)] = 1.0,
+    max_gb: Annotated[float, typer.Option(help="Gigabytes (1e9 bytes) it may take in all.", min=1e-6, max=1e6)] = 1.0,
     stop: Annotated[bool, typer.Option("--stop", help="End the recording under way.")] = False,
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
@@ -105,7 +105,7 @@ def record_dataset(
     target: Annotated[str, typer.Option(help="The model: a directory, or a Hugging Face id.")],
     out: Annotated[Path, typer.Option(help="Directory of the recording: new, empty, or one to go on with.")],
     draft: Annotated[str, typer.Option(help="As for `train`: it says which hidden states a row holds.")] = "init",
-    max_gb: Annotated[float, typer.Option(help="Gigabytes (1e9 bytes) it may take in all.", min=1e-6)] = 10.0,
+    max_gb: Annotated[float, typer.Option(help="Gigabytes (1e9 bytes) it may take in all.", min=1e-6, max=1e6)] = 10.0,
     generate: Annotated[
         bool,
         typer.Option("--generate", help="Let the target answer, greedily, instead of the file."),

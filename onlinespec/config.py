@@ -14,6 +14,7 @@ Fraction = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)]
 PositiveFloat = Annotated[float, msgspec.Meta(gt=0.0)]
 NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0.0)]
+Names = Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
 OpenOrWhole = Annotated[float, msgspec.Meta(gt=0.0, le=1.0)]
 
 
@@ -40,7 +41,7 @@ class BufferConfig(Section, frozen=True):
     """What the trainer remembers. RAM only; nothing readable is written to disk."""
 
     recent_samples: Positive = 64
-    """newest training requests kept, first in first out"""
+    """newest training requests kept; of more, those drawn leave first, then the shortest"""
     reservoir_samples: NonNegative = 512
     """older requests kept as a uniform sample of all that left the recent window"""
     replay_frac: Fraction = 0.5
@@ -115,12 +116,12 @@ class TrainerConfig(Section, frozen=True):
     kv_mode: Literal["free", "projections", "stable"] = "free"
     """frozen, so that draft KV in the server outlives a swap: nothing; k_proj and v_proj; all that makes K and V"""
     kv_free_steps: NonNegative = 0
-    """optimizer steps of an untrained draft before kv_mode freezes anything"""
+    """optimizer steps of an untrained draft before kv_mode freezes anything; adapters never touch what it freezes"""
     lora_rank: NonNegative = 0
     """rank of the adapters trained instead of the matrices, merged on publish; 0 trains the matrices themselves"""
     lora_alpha: PositiveFloat = 16.0
     """an adapter counts lora_alpha / lora_rank times"""
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "fc")
+    lora_targets: Names = tuple("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj fc".split())
     """matrices that get an adapter; everything else is frozen"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the forward and backward pass; masters and optimizer state are float32"""
@@ -129,13 +130,20 @@ class TrainerConfig(Section, frozen=True):
     compile: bool = False
     """torch.compile the draft's unroll; wants a C++ compiler on a CPU"""
     passes: Positive = 2
-    """optimizer steps that may be taken per batch_requests new requests"""
+    """times each new request is drawn; more is learned from each, and costs as much more"""
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
     """seed of fresh weights and of the sampling of batches"""
     num_threads: Positive = 1
     """CPU threads of the trainer"""
     checkpoint_s: PositiveFloat = 30.0
     """seconds between checkpoints of the trainer's state"""
+
+    def __post_init__(self) -> None:
+        if self.loss == "hard" and self.accept_frac:
+            raise ValueError(
+                f"accept_frac is {self.accept_frac} with loss hard, whose argmax it would take for the target's"
+                " distribution; set loss to kl"
+            )
 
 
 class PaceConfig(Section, frozen=True):
@@ -236,3 +244,7 @@ class Config(Section, frozen=True):
     record: RecordConfig = RecordConfig()
     versions: VersionsConfig = VersionsConfig()
     supervisor: SupervisorConfig = SupervisorConfig()
+
+    def __post_init__(self) -> None:
+        if not self.pace.calm_duty_frac and not self.drift.enabled:
+            raise ValueError("pace.calm_duty_frac is 0 with drift.enabled false: a calm would never end; change one")

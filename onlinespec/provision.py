@@ -95,5 +95,4 @@ def provision_draft(
 
 
 def _check_trainable(config: DraftConfig, trainer: TrainerConfig) -> None:
-    if trainer.enabled:
-        check_trainable(canonical_names(config), trainer.kv_mode, trainer.lora_rank, trainer.lora_targets)
+    check_trainable(canonical_names(config), trainer.kv_mode, trainer.lora_rank, trainer.lora_targets)

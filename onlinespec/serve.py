@@ -66,6 +66,7 @@ def plan(model: str, draft: str, run_dir: Path, config: Config, sglang_flags: Se
     target = resolve_model(model)
     paths.create()
     with holding(paths):
+        paths.record_request.unlink(missing_ok=True)  # it was another server that was asked to record
         provision = provision_draft(target, draft, paths, flags.integer("--context-length", 0), config.trainer)
         launch = Launch(
             model=str(target),

@@ -6,6 +6,7 @@ process and the supervisor starts it again.
 """
 
 import json
+import math
 import os
 import secrets
 import signal
@@ -43,7 +44,6 @@ from onlinespec.versions.manifest import Provenance
 from onlinespec.versions.store import VersionStore
 from onlinespec.wire.messages import (
     GetHello,
-    GetStatus,
     Heartbeat,
     Hello,
     RequestEnded,
@@ -51,7 +51,6 @@ from onlinespec.wire.messages import (
     Rows,
     SampleMessage,
     SetCapture,
-    Status,
 )
 from onlinespec.wire.sockets import ControlClient, SampleReceiver
 
@@ -99,8 +98,7 @@ class Sidecar:
             lambda key: hash(key) in self._trained_answers,
         )
         weights = self.promoter.incumbent_weights()
-        is_fresh = VersionStore(self._paths).manifest(self.promoter.version).provenance.is_fresh
-        self.learner = Learner(self._config, self.promoter.draft_config, weights, embed_VD, is_fresh)
+        self.learner = Learner(self._config, self.promoter.draft_config, weights, embed_VD, self._is_fresh())
         self.trainer = self.learner.trainer
         self._target_digest = launch.target_digest
         facts = RowFacts(
@@ -141,6 +139,7 @@ class Sidecar:
             if now_s - reported_s >= _STATUS_S:
                 reported_s = now_s
                 self._assembler.expire(time.time())
+                self.learner.buffer.expire(time.time())
                 self.promoter.expire(time.time())
                 self._recording.poll(time.time())
                 self._report()
@@ -235,15 +234,14 @@ class Sidecar:
         verdict = self.promoter.last_verdict
         if verdict is not None and verdict is not self._noted_verdict:
             self._noted_verdict = verdict
-            self._pace.judged(verdict.decision == "promote")
+            # A race given up for want of traffic says nothing.
+            if verdict.num_requests >= self._config.gate.min_requests:
+                self._pace.judged(verdict.decision == "promote")
         wanted = self._pace.capture_frac
         if wanted == self._capture_frac:
             return
         self._capture_frac = wanted
-        status = self._control.request(GetStatus())
-        assert isinstance(status, Status), status
-        if status.sample_frac != wanted:
-            self._control.acknowledged(SetCapture(status.capture, wanted))
+        self._control.acknowledged(SetCapture(sample_frac=wanted))
 
     def _train(self) -> None:
         """One step where new samples paid for it and the pace allows it, then a candidate where one is due."""
@@ -268,10 +266,14 @@ class Sidecar:
             tenants=tuple(sorted(self._tenants)),
         )
 
+    def _is_fresh(self) -> bool:
+        """The version in service is an untrained draft."""
+        return VersionStore(self._paths).manifest(self.promoter.version).provenance.is_fresh
+
     def _follow_operator(self) -> None:
         """Another version came into service: train on from it, not from what was taken back."""
         self.promoter.has_moved = False
-        self.trainer.restart(self.promoter.incumbent_weights())
+        self.trainer.restart(self.promoter.incumbent_weights(), self._is_fresh())
         self._frozen_at_step = self.trainer.num_steps
 
     def _resume(self) -> None:
@@ -318,7 +320,7 @@ class Sidecar:
             "accept_length": (steps + self.counters["correct_drafts"]) / steps if steps else None,
             "trainer_step": self.trainer.num_steps,
             "training_tokens": self.learner.num_tokens,
-            "loss": self._last_loss if self._last_loss == self._last_loss else None,
+            "loss": self._last_loss if math.isfinite(self._last_loss) else None,
             "skipped_steps": self.trainer.num_skipped,
             "buffered_samples": len(self.learner.buffer),
             "pace": self._pace.state,

@@ -77,7 +77,7 @@ def kl(p_Mk: torch.Tensor, rest_M1: torch.Tensor, t_Mk: torch.Tensor, tail_M1: t
 
 
 def reverse_kl(p_Mk: torch.Tensor, rest_M1: torch.Tensor, t_Mk: torch.Tensor, tail_M1: torch.Tensor) -> _Part:
-    """Reverse KL, sum p log(p / t): mode-seeking. A teacher of 0 counts as 1e-4 (a greedy teacher is an argmax).
+    """Reverse KL, sum p log(p / t): mode-seeking. Teacher probabilities below 1e-4 count as 1e-4.
 
     With c = log(p / t) of a token's class and R the loss: d/dz = p (c - R).
 
@@ -97,8 +97,9 @@ def accept(
     SGLang with topk 1 accepts a drafted token if and only if the target emits it. For a draft that said
     token x with probability p(x), that is a_k = sum p(x) t(x) at step k; and step k is reached where all
     before it equal the emitted tokens, reach_k = product over j < k of p_j(emitted_j). The emitted tokens are
-    drawn from t, so the sum is an unbiased estimate of the drafted tokens accepted per verify step of a draft
-    that samples; the served draft takes its argmax, which this relaxes. Tail tokens count nothing in a_k.
+    drawn from t, so the sum estimates the drafted tokens accepted per verify step of a draft that samples; the
+    served draft takes its argmax, which this relaxes. Tail tokens count nothing in a_k, so it is a little low.
+    t is the teacher over the whole vocabulary: what a pruned draft cannot say counts as not accepted.
 
     Returns the part without what comes through p_emitted, and d loss / d p_emitted [M].
 
@@ -151,7 +152,8 @@ class _HeadLoss(torch.autograd.Function):
         is_pruned = bool((targets.ids_Mk >= num_words).any())
         head = head_WD.to(states_MD.dtype)
         loss = states_MD.new_zeros((), dtype=torch.promote_types(states_MD.dtype, torch.float32))
-        grad_states, grad_head = torch.empty_like(states_MD), torch.zeros_like(head_WD)
+        grad_states = torch.empty_like(states_MD)
+        grad_head = torch.zeros_like(head_WD) if ctx.needs_input_grad[1] else None
         is_match_M = torch.zeros(num_rows, dtype=torch.bool, device=states_MD.device)
         for rows in _chunks(num_rows, chains):
             logits = (states_MD[rows] @ head.T).to(loss.dtype)
@@ -165,18 +167,18 @@ class _HeadLoss(torch.autograd.Function):
             loss += part
             grad = grad[:, :num_words].to(states_MD.dtype)
             grad_states[rows] = grad @ head
-            if grad.dtype == grad_head.dtype:
+            if grad_head is not None and grad.dtype == grad_head.dtype:
                 grad_head.addmm_(grad.T, states_MD[rows])
-            else:
+            elif grad_head is not None:
                 grad_head += grad.T @ states_MD[rows]
-        ctx.save_for_backward(grad_states, grad_head)
+        ctx.save_for_backward(grad_states, *([] if grad_head is None else [grad_head]))
         ctx.mark_non_differentiable(is_match_M)
         return loss, is_match_M
 
     @staticmethod
     def backward(ctx, grad_loss: torch.Tensor, _grad_match: torch.Tensor):  # type: ignore[override]
-        grad_states, grad_head = ctx.saved_tensors
-        return grad_states * grad_loss, grad_head * grad_loss, None, None, None, None
+        grad_states, *grad_head = ctx.saved_tensors
+        return grad_states * grad_loss, grad_head[0] * grad_loss if grad_head else None, None, None, None, None
 
 
 def _chunks(num_rows: int, chains: Chains | None) -> Iterator[slice]:
@@ -214,7 +216,7 @@ def _chunk_gradient(
             tail_M1 += part.tail_M1 * weight_M1
     if not terms.accept or chains is None:
         return loss, rest.mul_(tail_M1).scatter_(1, ids, named_Mk)
-    part, grad_emitted_M = accept(p_Mk, t_Mk, p_emitted_M, chains)
+    part, grad_emitted_M = accept(p_Mk, t_Mk * targets.kept_M[:, None], p_emitted_M, chains)
     # d p_x / d z_j is p_x ((j is x) - p_j): a tail factor for every token, and one more term at x itself.
     own_M1 = (terms.accept * grad_emitted_M * p_emitted_M)[:, None]
     loss += terms.accept * part.loss_M.sum()

@@ -12,6 +12,7 @@ from typing import Literal
 from onlinespec.errors import ConfigError
 
 KvMode = Literal["free", "projections", "stable"]
+_MATRICES = frozenset(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "fc", "lm_head"])
 _PROJECTIONS = ("self_attn.k_proj.weight", "self_attn.v_proj.weight")
 _INPUTS = ("fc.weight", "input_norm.weight", "midlayer.input_layernorm.weight", "midlayer.hidden_norm.weight")
 
@@ -50,18 +51,17 @@ def adapted_names(shapes: Mapping[str, tuple[int, ...]], targets: Sequence[str],
 
     shapes: of a checkpoint's tensors, by name.
 
-    Raises: ConfigError where a target names no matrix, or every one it names is frozen.
+    Raises: ConfigError where a target names no matrix of any draft, or every one it names is frozen or not there.
     """
     matrices = {name: name.removesuffix(".weight").rpartition(".")[2] for name in shapes if len(shapes[name]) == 2}
-    unknown = sorted(set(targets) - set(matrices.values()))
+    unknown = sorted(set(targets) - _MATRICES)
     if unknown:
-        raise ConfigError(
-            f"trainer.lora_targets names {unknown[0]}, wanted one of {', '.join(sorted(set(matrices.values())))}"
-        )
+        raise ConfigError(f"trainer.lora_targets names {unknown[0]}, wanted one of {', '.join(sorted(_MATRICES))}")
     names = [name for name, module in matrices.items() if module in targets and name not in frozen]
     if not names:
         raise ConfigError(
-            f"trainer.lora_targets is {', '.join(targets)}, all of which trainer.kv_mode freezes; add q_proj or o_proj"
+            f"trainer.lora_targets is {', '.join(targets)}, none of which this draft has and trainer.kv_mode leaves"
+            " free; add q_proj or o_proj"
         )
     return names
 

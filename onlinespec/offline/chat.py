@@ -23,14 +23,14 @@ def read_chats(path: Path) -> Iterator[Messages]:
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file; give a JSONL file of conversations")
-    with path.open() as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number}: not JSON ({error.msg}); {_WANTED}") from error
+            except ValueError as error:
+                raise DataError(f"{path}:{number}: not JSON ({error}); {_WANTED}") from error
             yield _messages(entry, f"{path}:{number}")
 
 

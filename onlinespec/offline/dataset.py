@@ -29,6 +29,8 @@ def record_dataset(
             is_full = not all(recorder.add(sample) for sample in rows.samples(messages))
             if is_full:
                 break
+        if not recorder.num_samples and is_full:
+            raise DataError(f"{out}: its bound leaves no room for one answer; raise --max-gb")
         if not recorder.num_samples:
             reasons = ", ".join(f"{name} {count}" for name, count in sorted(rows.counters.items()))
             raise DataError(f"{file}: no answer in it could be used ({reasons}); see `record-dataset --help`")

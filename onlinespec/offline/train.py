@@ -108,7 +108,10 @@ class Training:
         self.evaluations: list[Evaluation] = []
         self.last_loss = math.nan
         self.has_resumed = False
-        plan.out.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            plan.out.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainError(f"--out {plan.out}: {error.strerror}; give a directory that can be made") from error
         self._resume()
 
     def _read_draft(self) -> tuple[DraftConfig, dict[str, torch.Tensor]]:
@@ -133,6 +136,7 @@ class Training:
         fields = {f"{section}.{name}": str(value) for section in config for name, value in config[section].items()}
         return fields | {
             "--recording": self.recording.digest,
+            "the draft's config.json": json.dumps(self._draft_config.to_json(), sort_keys=True),
             "--draft": plan.draft if is_fresh(plan.draft) else digest(plan.draft),
             "--eval-frac": str(plan.eval_frac),
             "--eval-samples": str(plan.eval_samples),
@@ -143,8 +147,9 @@ class Training:
     def _resume(self) -> None:
         checkpoint, log = self.plan.out / _CHECKPOINT_FILE, self.plan.out / _LOG_FILE
         if not self.plan.is_resumed:
-            if log.exists():
-                raise TrainError(f"{self.plan.out}: holds a training; go on with --resume, or give another --out")
+            held = next((path for path in (log, self.plan.out / _DRAFT) if path.exists()), None)
+            if held is not None:
+                raise TrainError(f"{held}: exists already; go on with --resume, or give another --out")
             return
         if not checkpoint.exists():
             return

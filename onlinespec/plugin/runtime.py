@@ -192,7 +192,8 @@ class Runtime:
             case SetCapture(enabled, sample_frac):
                 if self._tap is None:
                     return Ack(False, self._launch.capture_refused, self._swapper.version)
-                self._tap.is_enabled = enabled
+                if enabled is not None:
+                    self._tap.is_enabled = enabled
                 if sample_frac is not None:
                     self._tap.book.sample_frac = sample_frac
                 return Ack(True, version=self._swapper.version)

@@ -85,9 +85,15 @@ def _watch(paths: RunPaths, request: Request, console: Console) -> Told:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("waiting for the sidecar", total=request.max_bytes)
+        withdrawn_s = None
         while True:
             status = _read_status(paths)
             told = status.recording if status else None
+            if not paths.record_request.exists() and (told is None or told.name != request.name):
+                # The sidecar removes the request of a recording that has ended, and says so a second later.
+                withdrawn_s = withdrawn_s or time.monotonic()
+                if time.monotonic() - withdrawn_s > _STALE_S:
+                    raise RecordError(f"{paths.root}: the recording was stopped before it began; start it again")
             if told is not None and told.name == request.name:
                 text = f"{told.num_samples} samples, {told.num_tokens} tokens"
                 bar.update(task, completed=told.num_bytes, description=text)

@@ -46,8 +46,11 @@ class Recorder:
         self._max_bytes = max_bytes
         self._waiting: list[Sample] = []
         self._waiting_bytes = 0
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._lock: int | None = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock: int | None = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise RecordError(f"{directory}: {error.strerror}; give a directory that can be made") from error
         try:
             self._take_over(facts, source)
         except (RecordError, OSError):
@@ -65,6 +68,8 @@ class Recorder:
             check_facts(self.directory, manifest.facts, facts, "record into another directory")
             sources = tuple(dict.fromkeys([*manifest.sources, source]))
             self.manifest = msgspec.structs.replace(manifest, sources=sources)
+            for path in self.directory.glob(".*.tmp"):
+                path.unlink()  # left by a kill in the middle of a write
             for path in self.directory.glob("shard-*"):
                 if path.name not in {shard.file for shard in manifest.shards}:
                     path.unlink()  # left by a crash before it was listed
@@ -99,7 +104,9 @@ class Recorder:
                 f"recording {facts.row_width} with {facts.teacher_top_k}; use another one"
             )
         num_bytes = sample_bytes(sample) + (0 if self._waiting else HEADER_BYTES)
-        manifest_bytes = _SHARD_ENTRY_BYTES * (len(self.manifest.shards) + 3) + 8 * len("".join(self.manifest.tenants))
+        manifest_bytes = _SHARD_ENTRY_BYTES * (len(self.manifest.shards) + 3) + 8 * len(
+            "".join(self._tenants([*self._waiting, sample]))
+        )
         if self.num_bytes + num_bytes + manifest_bytes > self._max_bytes:
             return False
         self._waiting.append(sample)

@@ -42,6 +42,11 @@ def _copy_of(header: FrameHeader, rows: np.ndarray) -> torch.Tensor:
     return tensor.view(torch.bfloat16) if header.dtype == "bfloat16" else tensor
 
 
+def _is_finite(aux_nA: torch.Tensor, _ids: torch.Tensor, logits_mk: torch.Tensor, lse_m: torch.Tensor) -> bool:
+    """A teacher logit may be -inf, where a grammar forbids the token. One bad row would spoil clusters and steps."""
+    return bool(aux_nA.isfinite().all() and lse_m.isfinite().all() and (logits_mk < torch.inf).all())
+
+
 class Assembler:
     """Messages in, finished samples out. `counters` says what was lost and why."""
 
@@ -80,11 +85,11 @@ class Assembler:
             row += segment.num_rows
             teacher_row += segment.num_teacher_rows
         while self.open_bytes > self._max_open_bytes:
-            self._give_up(max(self._open.values(), key=lambda request: request.num_bytes))
+            self._give_up(max(self._open.values(), key=lambda request: request.num_bytes), "samples_over_memory")
 
-    def _give_up(self, request: _Open) -> None:
+    def _give_up(self, request: _Open, counter: str) -> None:
         """It stays open, without rows, so that what still comes of it is not taken for a lost start."""
-        self.counters["samples_over_memory"] += 1
+        self.counters[counter] += 1
         self.open_bytes -= request.num_bytes
         request.num_bytes, request.is_given_up = 0, True
         request.aux.clear()
@@ -93,6 +98,9 @@ class Assembler:
     def _segment(self, segment: Segment, aux_nA: torch.Tensor, *teacher: torch.Tensor) -> None:
         request = self._open[segment.request]
         if request.is_given_up:
+            return
+        if not _is_finite(aux_nA, *teacher):
+            self._give_up(request, "samples_not_finite")
             return
         num_bytes = sum(tensor.nbytes for tensor in (aux_nA, *teacher))
         request.num_bytes += num_bytes

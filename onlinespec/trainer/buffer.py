@@ -1,8 +1,8 @@
 """What the trainer remembers of the stream: the newest requests, and a sample of all that left, cluster by cluster.
 
-Memory is bounded by the number of samples times `max_sequence_tokens`; a sample is forgotten `ttl_s` after
-its request ended, whatever else happens. Nothing is persisted but what `state` says. All randomness comes from
-the generator that is passed in, so the same stream gives the same batches.
+Memory is bounded by the number of samples times `max_sequence_tokens`, and one time for each request of the last
+`ttl_s`; a sample is forgotten `ttl_s` after its request ended, whatever else happens. Nothing is persisted but what
+`state` says. All randomness comes from the generator that is passed in, so the same stream gives the same batches.
 
 A burst of short requests ends while the long ones beside it still run, and would push them out of a plain window
 before they were drawn: tokens of long answers would be trained on less often than those of short ones. So what
@@ -131,7 +131,7 @@ class Buffer:
         """
         self.expire(now_s)
         frac = self._config.replay_frac
-        num_replay = round(num_new * frac / (1 - frac)) if frac < 1 else num_new
+        num_replay = self._rounded(num_new * frac / (1 - frac)) if frac < 1 else num_new
         kept = self._reservoir.samples
         replayed = torch.randperm(len(kept), generator=self._generator)[:num_replay].tolist()
         newest = [] if frac == 1 and replayed else self._newest(num_new)

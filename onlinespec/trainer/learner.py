@@ -1,6 +1,6 @@
 """One draft's learning: samples in, steps out. What the sidecar does live and `onlinespec train` from a recording.
 
-New requests pay for optimizer steps (`trainer.passes` per `trainer.batch_requests`), so that training keeps
+New requests pay for optimizer steps, so that each is drawn `trainer.passes` times, and that training keeps
 pace with the stream instead of repeating what little there is. Where `buffer.min_failure_cases` asks for it, what
 they pay is spent in rounds, each begun by so many new failure cases. Times are passed in; nothing here reads a
 clock.
@@ -45,7 +45,8 @@ class Learner:
     @property
     def is_due(self) -> bool:
         """New requests have paid for a step, and a round has begun."""
-        return self._credit_steps >= 1 and (self._is_in_round or self._has_cases)
+        is_ready = self._config.trainer.enabled and len(self.buffer) > 0
+        return is_ready and self._credit_steps >= 1 and (self._is_in_round or self._has_cases)
 
     @property
     def _has_cases(self) -> bool:
@@ -57,8 +58,8 @@ class Learner:
         cluster = self.buffer.add(sample, now_s)
         trainer = self._config.trainer
         if trainer.enabled:
-            per_request = trainer.passes / trainer.batch_requests
-            most = max(_MAX_CREDIT_STEPS, per_request * self._config.buffer.min_failure_cases)
+            per_request = trainer.passes / (trainer.batch_requests * trainer.accumulation)
+            most = max(_MAX_CREDIT_STEPS, per_request * max(1, self._config.buffer.min_failure_cases))
             self._credit_steps = min(self._credit_steps + per_request, most)
         return cluster
 

@@ -22,7 +22,7 @@ class Parameters:
     def __init__(self, config: TrainerConfig, draft_config: DraftConfig, weights: dict[str, torch.Tensor]):
         self.draft = Draft(draft_config, weights)
         self._config = config
-        self._base = {name: tensor.clone() for name, tensor in self.draft.weights().items()}
+        base = self.draft.weights()
         shapes = canonical_names(draft_config)
         check_trainable(shapes, config.kv_mode, config.lora_rank, config.lora_targets)
         self._frozen = frozen_names(shapes, config.kv_mode)
@@ -38,6 +38,8 @@ class Parameters:
             self.draft.compile_layers()
         self.trained = {name: p for name, p in self.draft.named_parameters() if p.requires_grad}
         """by the model's own names; a frozen one stays listed and has no gradient"""
+        self._base = {name: tensor for name, tensor in base.items() if self._adapted or name not in self.trained}
+        """what a checkpoint holds beside what is trained: what adapters adapt, or the vocabulary map alone"""
         self._averaged = {name: p.detach().cpu().clone() for name, p in self.trained.items()}
 
     def freeze(self) -> None:
@@ -65,7 +67,7 @@ class Parameters:
     def state(self) -> dict[str, Any]:
         """A copy of all that `load_state` wants."""
         return {
-            "base": {name: tensor.clone() for name, tensor in self._base.items()} if self._adapted else {},
+            "base": {name: tensor.clone() for name, tensor in self._base.items()},
             "adapted": list(self._adapted),
             "scale": self._scale,
             "current": {name: p.detach().cpu().clone() for name, p in self.trained.items()},

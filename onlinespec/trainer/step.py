@@ -64,7 +64,7 @@ class Trainer:
         self._config = config
         self._draft_config = draft_config
         self._embed_VD = embed_VD
-        self._free_steps = config.kv_free_steps if is_fresh else 0
+        self._frozen_from_step = config.kv_free_steps if is_fresh else 0
         self._num_steps_before = 0
         self._objective = Objective(config)
         self._reach_K = config.loss_decay ** torch.arange(config.unroll_steps)
@@ -88,7 +88,7 @@ class Trainer:
         return self._num_steps_before + self._optimizer.num_steps
 
     def _freeze_when_due(self) -> None:
-        if self.num_steps >= self._free_steps:
+        if self.num_steps >= self._frozen_from_step:
             self._parameters.freeze()
 
     def step(self, samples: Sequence[Sample]) -> StepResult:
@@ -156,17 +156,19 @@ class Trainer:
         is_match_NK[chains.chain_M, chains.step_M] = is_match_M.float()
         is_reached_NK = is_match_NK.cumprod(1).roll(1, 1)
         is_reached_NK[:, 0] = 1.0
-        reach_K = (is_reached_NK * is_row_NK).sum(0) / is_row_NK.sum(0).clamp_min(1)
-        self._reach_K = self._reach_K.lerp(reach_K, 1 - _REACH_DECAY)
+        num_rows_K = is_row_NK.sum(0)
+        reach_K = (is_reached_NK * is_row_NK).sum(0) / num_rows_K.clamp_min(1)
+        measured_K = self._reach_K.lerp(reach_K, 1 - _REACH_DECAY)
+        self._reach_K = torch.where(num_rows_K > 0, measured_K, self._reach_K)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """A copy of the averaged draft, ready for `write_draft`: CPU, float32, the vocabulary map included."""
         return self._parameters.averaged_weights()
 
-    def restart(self, weights: dict[str, torch.Tensor]) -> None:
+    def restart(self, weights: dict[str, torch.Tensor], is_fresh: bool = False) -> None:
         """Go on from other weights: an operator took the trainer's own back. The optimizer warms up again."""
-        self._num_steps_before = self.num_steps
-        self._optimizer.num_steps = 0
+        self._num_steps_before, self._optimizer.num_steps = self.num_steps, 0
+        self._frozen_from_step = self.num_steps + (self._config.kv_free_steps if is_fresh else 0)
         self._begin(weights)
 
     def state(self) -> dict[str, Any]:
@@ -177,7 +179,7 @@ class Trainer:
             "optimizer": self._optimizer.state_dict(),
             "objective": self._objective.state(),
             "reach": self._reach_K.clone(),
-            "free_steps": self._free_steps,
+            "frozen_from_step": self._frozen_from_step,
             "num_skipped": self.num_skipped,
             "num_steps_before": self._num_steps_before,
             "generator": self.generator.get_state(),
@@ -186,7 +188,8 @@ class Trainer:
     def _layout(self) -> list[str]:
         """What must agree for an optimizer's state to fit: which parameters there are and who steps them."""
         config = self._config
-        return [config.optimizer, str(config.unroll_steps), *self._parameters.trained]
+        adapters = f"lora {config.lora_rank} {config.lora_alpha}" if config.lora_rank else "no lora"
+        return [config.optimizer, str(config.unroll_steps), adapters, *self._parameters.trained]
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on where the trainer that gave this state stood; the draft must be of the same shape.
@@ -196,7 +199,7 @@ class Trainer:
         """
         self.num_skipped = state["num_skipped"]
         self._num_steps_before = state["num_steps_before"]
-        self._free_steps = min(state["free_steps"], self._config.kv_free_steps)
+        self._frozen_from_step = state["frozen_from_step"]
         self.generator.set_state(state["generator"])
         if state["layout"] != self._layout():
             self._num_steps_before += state["optimizer"]["num_steps"]

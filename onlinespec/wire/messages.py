@@ -130,7 +130,8 @@ class Swap(msgspec.Struct, tag=True, frozen=True):
 class SetCapture(msgspec.Struct, tag=True, frozen=True):
     """Switch the tap, and say of how many requests it takes rows."""
 
-    enabled: bool
+    enabled: bool | None = None
+    """None leaves it as it is"""
     sample_frac: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] | None = None
     """share of requests, from those on that are seen next; None leaves it as it is"""
 

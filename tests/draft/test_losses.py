@@ -1,6 +1,7 @@
 """The fused loss against a loop over rows, and the teacher at a temperature against the whole vocabulary."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,11 @@ def build_teacher(scale: float = 2.0):
     logits_NV = scale * torch.randn(NUM_ROWS, VOCABULARY, generator=torch.Generator().manual_seed(0))
     top = logits_NV.topk(TOP_K)
     return logits_NV, top.indices, top.values, logits_NV.logsumexp(-1)
+
+
+def in_dtype(targets: Targets, dtype: torch.dtype) -> Targets:
+    floats = {name: getattr(targets, name).to(dtype) for name in ("probs_Mk", "tail_M", "kept_M")}
+    return replace(targets, **floats)
 
 
 def loop_loss(states, head, targets: Targets, weight) -> torch.Tensor:
@@ -55,7 +61,9 @@ def test_head_loss_and_its_gradients_equal_a_loop_over_rows(monkeypatch, tempera
     states = torch.randn(NUM_ROWS, DIM, generator=generator, dtype=torch.float64).requires_grad_()
     head = torch.randn(num_draft, DIM, generator=generator, dtype=torch.float64).requires_grad_()
     weight = torch.rand(NUM_ROWS, generator=generator, dtype=torch.float64)
-    targets = Targets(targets.ids_Mk, targets.probs_Mk.double(), targets.tail_M.double(), targets.is_valid_M)
+    targets = Targets(
+        targets.ids_Mk, targets.probs_Mk.double(), targets.tail_M.double(), targets.is_valid_M, targets.kept_M.double()
+    )
 
     loss, _ = head_loss(states, head, targets, weight)
     found = torch.autograd.grad(3 * loss, [states, head])
@@ -127,7 +135,9 @@ def test_a_confident_draft_has_finite_loss_and_gradients():
     head = torch.eye(DIM).mul(300).requires_grad_()
     states = torch.eye(DIM).requires_grad_()
     ids = torch.arange(DIM)[:, None].roll(1, 0)
-    targets = Targets(ids, torch.full((DIM, 1), 0.5), torch.full((DIM,), 0.5), torch.ones(DIM, dtype=torch.bool))
+    targets = Targets(
+        ids, torch.full((DIM, 1), 0.5), torch.full((DIM,), 0.5), torch.ones(DIM, dtype=torch.bool), torch.ones(DIM)
+    )
 
     loss, _ = head_loss(states, head, targets, torch.ones(DIM))
     loss.backward()
@@ -155,7 +165,9 @@ def build_case(temperature: float, is_pruned: bool):
         draft_ids = torch.full((VOCABULARY,), -1)
         draft_ids[[0, 2, 3, 5, 8, 9, 12]] = torch.arange(7)
     targets = build_targets(ids, values, lse, torch.full((NUM_ROWS,), temperature), draft_ids)
-    targets = Targets(targets.ids_Mk, targets.probs_Mk.double(), targets.tail_M.double(), targets.is_valid_M)
+    targets = Targets(
+        targets.ids_Mk, targets.probs_Mk.double(), targets.tail_M.double(), targets.is_valid_M, targets.kept_M.double()
+    )
     generator = torch.Generator().manual_seed(1)
     states = torch.randn(NUM_ROWS, DIM, generator=generator, dtype=torch.float64).requires_grad_()
     head = torch.randn(num_words, DIM, generator=generator, dtype=torch.float64).requires_grad_()
@@ -187,7 +199,7 @@ def loop_accept(states, head, targets: Targets, chains: Chains) -> float:
                 break
             probs = (head @ states[rows[step]]).softmax(0).tolist()
             for w, q in zip(targets.ids_Mk[rows[step]].tolist(), targets.probs_Mk[rows[step]].tolist(), strict=True):
-                expected += reach * q * (probs[w] if w < len(probs) else 0.0)
+                expected += reach * q * float(targets.kept_M[rows[step]]) * (probs[w] if w < len(probs) else 0.0)
             emitted = int(chains.emitted_M[rows[step]])
             reach *= probs[emitted] if emitted < len(probs) else 0.0
         total += 1.0 - expected / chains.num_steps
@@ -255,10 +267,48 @@ def test_bfloat16_states_give_float32_gradients_of_the_head():
     exact, _ = head_loss(states, head, targets, weight)
     expected = torch.autograd.grad(exact, head)[0]
     head32 = head.detach().float().requires_grad_()
-    targets = Targets(targets.ids_Mk, targets.probs_Mk.float(), targets.tail_M.float(), targets.is_valid_M)
+    targets = Targets(
+        targets.ids_Mk, targets.probs_Mk.float(), targets.tail_M.float(), targets.is_valid_M, targets.kept_M.float()
+    )
 
     loss, _ = head_loss(states.detach().bfloat16(), head32, targets, weight.float())
     (found,) = torch.autograd.grad(loss, head32)
 
     assert (loss.dtype, found.dtype) == (torch.float32, torch.float32)
     torch.testing.assert_close(found.double(), expected, atol=0.02, rtol=0.05)
+
+
+def test_a_frozen_head_costs_no_gradient():
+    states, head, targets, weight = build_case(0.6, False)
+    expected = torch.autograd.grad(head_loss(states, head, targets, weight)[0], states)[0]
+
+    loss, _ = head_loss(states, head.detach(), targets, weight)
+
+    assert torch.equal(torch.autograd.grad(loss, states, retain_graph=True)[0], expected)
+    assert not any(saved.shape == head.shape for saved in loss.grad_fn.saved_tensors)
+
+
+@pytest.mark.parametrize("num_allowed", [1, 2, 3])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.3])
+def test_a_teacher_that_a_grammar_masked_has_the_probabilities_of_the_allowed_tokens(temperature, num_allowed):
+    logits_NV = 3 * torch.randn(200, VOCABULARY, generator=torch.Generator().manual_seed(2))
+    logits_NV[:, num_allowed:] = -torch.inf
+    top = logits_NV.topk(5)
+    temperatures = torch.full((200,), temperature)
+
+    targets = build_targets(top.indices, top.values, logits_NV.logsumexp(-1), temperatures, None)
+
+    exact = (logits_NV / temperature).softmax(-1).gather(1, top.indices) if temperature else torch.eye(5)[[0] * 200]
+    torch.testing.assert_close(targets.probs_Mk, exact, atol=1e-4, rtol=1e-4)
+    assert float(targets.tail_M.abs().max()) < 1e-4
+
+
+def test_the_mass_a_pruned_vocabulary_keeps_is_told():
+    draft_ids = torch.full((VOCABULARY,), -1)
+    draft_ids[:5] = torch.arange(5)
+    ids = torch.tensor([[0, 7, 3], [9, 1, 8]])
+    probs = torch.tensor([[0.5, 0.25, 0.125], [0.5, 0.25, 0.125]])
+
+    targets = build_targets(ids, probs.log(), torch.zeros(2), torch.ones(2), draft_ids)
+
+    torch.testing.assert_close(targets.kept_M, torch.tensor([0.75, 0.375]))

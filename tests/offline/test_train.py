@@ -152,7 +152,7 @@ def test_a_run_that_was_killed_and_resumed_gives_the_losses_of_an_unbroken_one(t
     config = tmp_path / "config.yaml"
     config.write_text("buffer: {recent_samples: 6, reservoir_samples: 8}\ntrainer: {unroll_steps: 2, seed: 3}\n")
     words = ["--recording", str(plan.recording), "--target", str(plan.target), "--draft", "init"]
-    words += ["--config", str(config), "--epochs", "5", "--eval-frac", "0.2", "--eval-steps", "50"]
+    words += ["--config", str(config), "--epochs", "8", "--eval-frac", "0.2", "--eval-steps", "50"]
     unbroken = subprocess.Popen(command(*words, "--out", str(tmp_path / "unbroken")), env=environment())
     often = [*words, "--out", str(tmp_path / "broken"), "--set", "trainer.checkpoint_s=0.2"]
 
@@ -165,7 +165,9 @@ def test_a_run_that_was_killed_and_resumed_gives_the_losses_of_an_unbroken_one(t
     killed.wait()
     assert not (tmp_path / "broken" / "report.json").exists()
     torch.load(tmp_path / "broken" / "checkpoint.pt", weights_only=True)
-    resumed = subprocess.run(command(*often, "--resume"), env=environment(), capture_output=True, text=True)
+    resumed = subprocess.run(
+        command(*often, "--resume"), env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S
+    )
 
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming, last evaluated at step" in resumed.stderr
@@ -181,13 +183,16 @@ def test_sigterm_ends_a_run_with_a_checkpoint_and_its_own_exit_code(tmp_path: Pa
     words = ["--recording", str(plan.recording), "--target", str(plan.target), "--draft", "init", "--epochs", "100000"]
     running = subprocess.Popen(command(*words, "--out", str(plan.out)), env=environment())
     log = plan.out / "losses.jsonl"
-    while not (log.exists() and log.stat().st_size > 1000):
-        assert running.poll() is None
-        time.sleep(0.02)
+    try:
+        while not (log.exists() and log.stat().st_size > 1000):
+            assert running.poll() is None
+            time.sleep(0.02)
 
-    running.terminate()
+        running.terminate()
 
-    assert running.wait(TIMEOUT_S) == 130
+        assert running.wait(TIMEOUT_S) == 130
+    finally:
+        running.kill()
     assert (plan.out / "checkpoint.pt").exists()
     assert not (plan.out / "draft").exists()
 

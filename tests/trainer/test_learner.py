@@ -44,6 +44,26 @@ def test_so_many_new_requests_pay_for_a_step_and_no_more_than_32_are_owed():
     assert steps(learner) == 32
 
 
+def test_each_request_is_drawn_as_often_as_asked_whatever_a_step_takes():
+    learner = build_learner(TrainerConfig(batch_requests=2, accumulation=3, passes=6, unroll_steps=2), replay_frac=0.0)
+    found = 0
+    for number in range(12):
+        learner.add(sample(number), 0.0)
+        found += steps(learner)
+
+    assert found * 2 * 3 == 12 * 6
+
+
+def test_nothing_is_due_without_rows_and_what_was_paid_is_kept():
+    second = build_learner()
+
+    second.load_state(paid_learner().state())
+    assert not second.is_due
+    second.add(sample(9), 0.0)
+
+    assert steps(second) == 3
+
+
 def test_a_round_begins_with_enough_new_failure_cases_and_spends_what_they_paid():
     learner = build_learner(accept_threshold=2.0, min_failure_cases=12)
     found = []
@@ -61,6 +81,17 @@ def test_with_the_trainer_off_nothing_is_due():
         learner.add(sample(number), 0.0)
 
     assert not learner.is_due
+
+    learner.load_state(paid_learner().state(), {number: sample(number) for number in range(6)})
+    assert not learner.is_due
+
+
+def paid_learner() -> Learner:
+    """Three steps are due."""
+    learner = build_learner()
+    for number in range(6):
+        learner.add(sample(number), 0.0)
+    return learner
 
 
 def play(learner: Learner, numbers) -> list[float]:

@@ -165,6 +165,33 @@ def test_a_resumed_run_gives_the_losses_and_the_weights_of_an_unbroken_one(chang
     assert moved(unbroken.weights(), resumed.weights()) == set()
 
 
+@pytest.mark.parametrize(
+    "changes", [{"lora_rank": 3}, {"lora_alpha": 16.0}, {"lora_rank": 0}], ids=["rank", "alpha", "none"]
+)
+def test_adapters_of_another_rank_or_scale_go_on_from_the_merged_weights(changes):
+    first, second = build_trainer(ema_decay=0.0, **LORA), build_trainer(seed=9, **{**LORA, **changes})
+    run(first, 3)
+    merged = first.weights()
+
+    second.load_state(first.state())
+
+    for name, tensor in second.weights().items():
+        torch.testing.assert_close(tensor, merged[name], atol=1e-6, rtol=1e-5)
+
+
+def test_a_restart_on_an_untrained_draft_has_its_free_steps_again():
+    trainer, other = build_trainer(kv_mode="stable", kv_free_steps=3), build_draft(seed=9).weights()
+    run(trainer, 4)
+
+    trainer.restart(other, is_fresh=True)
+    run(trainer, 3)
+    third = trainer.weights()
+    run(trainer, 2)
+
+    assert "fc.weight" in moved(other, third)
+    assert "fc.weight" not in moved(third, trainer.weights())
+
+
 @pytest.mark.parametrize("changes", [LORA, {"optimizer": "adamw"}, {"unroll_steps": 3}])
 def test_a_state_of_another_kind_of_training_gives_its_weights_and_a_fresh_optimizer(changes):
     first, second = build_trainer(), build_trainer(seed=9, **changes)
@@ -242,6 +269,15 @@ def test_recomputing_keeps_less_for_the_backward_pass():
         kept.append(sum(sizes))
 
     assert kept[1] < kept[0] / 3
+
+
+def test_a_draft_step_without_rows_keeps_its_measured_reach():
+    trainer = build_trainer(step_weights="reach", unroll_steps=3)
+
+    for _ in range(5):
+        trainer.step([build_sample(1, 4, 3)])
+
+    assert trainer.state()["reach"][2] == pytest.approx(0.64)
 
 
 def test_the_measured_reach_is_the_share_of_chains_whose_drafts_matched_so_far():
