@@ -18,6 +18,9 @@ Names = Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
 OpenOrWhole = Annotated[float, msgspec.Meta(gt=0.0, le=1.0)]
 
 
+_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "fc")
+
+
 class Section(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """A part of the config; unknown fields are errors."""
 
@@ -121,7 +124,7 @@ class TrainerConfig(Section, frozen=True):
     """rank of the adapters trained instead of the matrices, merged on publish; 0 trains the matrices themselves"""
     lora_alpha: PositiveFloat = 16.0
     """an adapter counts lora_alpha / lora_rank times"""
-    lora_targets: Names = tuple("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj fc".split())
+    lora_targets: Names = _LORA_TARGETS
     """matrices that get an adapter; everything else is frozen"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the forward and backward pass; masters and optimizer state are float32"""
