@@ -1,13 +1,14 @@
 """What training may change while draft KV in the server is kept: KV modes on the live server.
 
 Chats with long shared beginnings (radix cache on), an unconditional swap every SWAP_STEPS optimizer steps, the
-same stream for every arm. After a swap the cache still holds keys and values of older drafts. Measured, per arm
-and seed: live accept length in the first 2 s after a swap, 8 to 12 s after it, and over the last quarter of the
-stream; live minus shadow (the same draft walked over the same rows with its own keys and values) on requests
-without a swap inside; CPU seconds of training. Fresh: an untrained draft on support. Warm: a draft trained on
-code, then support.
+same stream for every arm, and users that wait while a step is due, so that no arm trains less because the machine
+is busy. After a swap the cache still holds keys and values of older drafts. Measured, per arm and seed, from the
+swap after which the mode's tensors stand still: live accept length over the first NEAR_STEPS verify steps of each
+version and from FAR_STEPS on (some 10 s of serving), over the last quarter of the stream; live minus shadow (the
+same draft walked over the same rows with its own keys and values) on requests without a swap inside; CPU seconds
+of training. Fresh: an untrained draft on support. Warm: a draft trained on code, then support.
 
-Run: python benchmarks/bench_kv_modes.py OUT.json [--seeds 3] [--tokens 7000]; one boot a seed, resumes at the
+Run: python benchmarks/bench_kv_modes.py OUT.json [--seeds 3] [--tokens 20000]; one boot a seed, resumes at the
 next seed where OUT.json holds some.
 """
 
@@ -28,7 +29,7 @@ from onlinespec.demo.run import CONFIG, free_port
 from onlinespec.draft.checkpoint import read_draft
 from onlinespec.draft.fresh import read_embedding
 from onlinespec.draft.model import Draft
-from onlinespec.draft.walk import walk
+from onlinespec.draft.walk import accept_length, walk
 from onlinespec.resolve import load_config
 from onlinespec.trainer.assemble import Assembler
 from onlinespec.trainer.learner import Learner
@@ -50,7 +51,9 @@ ARMS = {
         "stable": ["trainer.kv_mode=stable"],
     },
 }
-SWAP_STEPS = 20
+SWAP_STEPS = 40
+NEAR_STEPS = 60
+FAR_STEPS = 250
 WARM_STEPS = 200
 NUM_USERS = 4
 NUM_PREFIXES = 4
@@ -67,32 +70,31 @@ class Arm:
         self.learner = Learner(config, draft_config, weights, embed_VD, is_fresh=is_fresh)
         self.server, self.embed_VD, self.draft_config = server, embed_VD, draft_config
         self.assembler = Assembler(PrefixRows(2**26), 600, 2**30)
-        self.steps, self.swaps, self.requests, self.cpu_s = [], [], [], 0.0
-        self.drafts, self.num_tokens, self.num_running = {}, 0, 0
+        self.steps, self.requests, self.drafts, self.cpu_s, self.num_tokens = [], [], {}, 0.0, 0
+        self.free_steps = config.trainer.kv_free_steps if is_fresh else 0
         self._publish(weights)
+        self.first_settled = max(self.drafts)
+        """versions up to this one may still have other keys and values"""
 
     def _publish(self, weights):
         version = self.server.swap(weights)
         self.drafts[version] = Draft(self.draft_config, weights)
-        self.swaps.append(time.monotonic())
 
     def take(self, receiver, timeout_s):
-        """One message; verify steps are stamped as they come."""
+        """One message."""
         received = receiver.receive(timeout_s)
         if received is None:
             return False
         message, frames = received
         if isinstance(message, RequestStarted):
-            self.num_running += 1
             self.assembler.start(message)
         elif isinstance(message, Rows):
-            now_s = time.monotonic()
-            verified = [s for s in message.segments if s.is_verify]
-            self.steps += [(now_s, len(segment.tokens)) for segment in verified]
-            self.num_tokens += sum(len(segment.tokens) for segment in verified)
+            for segment in message.segments:
+                if segment.is_verify:
+                    self.steps.append((segment.version, segment.is_mixed, len(segment.tokens)))
+                    self.num_tokens += len(segment.tokens)
             self.assembler.rows(message, frames)
         elif isinstance(message, RequestEnded):
-            self.num_running -= 1
             sample = self.assembler.end(message)
             if sample is not None:
                 self.requests.append(sample)
@@ -100,13 +102,14 @@ class Arm:
         return True
 
     def train(self):
-        if not self.learner.is_due:
-            return
         began_s = time.thread_time()
         self.learner.step(time.time())
         self.cpu_s += time.thread_time() - began_s
-        if self.learner.trainer.num_steps % SWAP_STEPS == 0:
-            self._publish(self.learner.trainer.weights())
+        trainer = self.learner.trainer
+        if trainer.num_steps % SWAP_STEPS == 0:
+            self._publish(trainer.weights())
+            if trainer.num_steps <= self.free_steps:
+                self.first_settled = max(self.drafts)
 
     def play(self, receiver, domain, seed, num_tokens):
         """Serve, learn and swap until so many answer tokens have come."""
@@ -114,60 +117,60 @@ class Arm:
         traffic = Traffic(self.server.base_url, make_prompts, NUM_USERS, Sampling(max_tokens=160))
         traffic.start()
         while self.num_tokens < num_tokens:
+            traffic.hold(self.learner.is_due)
             while self.take(receiver, 0.0 if self.learner.is_due else 0.02):
                 pass
-            self.train()
+            if self.learner.is_due:
+                self.train()
         answers = traffic.stop()
         until(lambda: not self.take(receiver, 0.5), 60)
         return answers
 
     def stale_loss(self):
-        """(verify steps, tokens live, tokens walked) over complete requests that ran under one version."""
-        total = [0, 0, 0]
-        for sample in self.requests[len(self.requests) // 4 :]:
+        """Requests, and per request the accept length live and walked, complete ones under one settled version."""
+        total = [0, 0.0, 0.0]
+        for sample in self.requests:
             versions = set(sample.verify.version)
             if len(versions) != 1 or any(sample.verify.is_mixed) or not sample.is_complete:
                 continue
+            if min(versions) <= self.first_settled:
+                continue
             walked = walk(self.drafts[versions.pop()], sample, self.embed_VD, NUM_DRAFT_STEPS)
-            live_steps, tokens = len(sample.verify), sum(sample.verify.num_committed)
             total[0] += 1
-            total[1] += tokens / live_steps
-            total[2] += sum(walked.num_committed) / len(walked)
+            total[1] += accept_length(sample.verify)
+            total[2] += accept_length(walked)
         return total
 
+    def window(self, first, last):
+        """Accept length over the verify steps [first, last) of each settled version."""
+        tokens = []
+        for version in self.drafts:
+            if version > self.first_settled:
+                own = [count for number, is_mixed, count in self.steps if number == version and not is_mixed]
+                tokens += own[first:last]
+        return round(sum(tokens) / len(tokens), 3) if tokens else None
+
     def result(self):
-        def accept_length(begin_s, end_s):
-            found = [tokens for at_s, tokens in self.steps if begin_s <= at_s < end_s]
-            return (sum(found), len(found))
-
-        def pooled(offset_s, until_s):
-            found = [accept_length(swap_s + offset_s, swap_s + until_s) for swap_s in self.swaps[3:-1]]
-            steps = sum(steps for _, steps in found)
-            return round(sum(tokens for tokens, _ in found) / steps, 3) if steps else None
-
-        quarter = self.steps[len(self.steps) * 3 // 4 :]
-        requests, live_al, shadow_al = self.stale_loss()
+        quarter = [tokens for _, _, tokens in self.steps[len(self.steps) * 3 // 4 :]]
+        requests, live_length, shadow_length = self.stale_loss()
         return {
-            "swaps": len(self.swaps),
+            "settled_versions": sum(version > self.first_settled for version in self.drafts),
             "answer_tokens": self.num_tokens,
-            "accept_length_2s_before_a_swap": pooled(-2, 0),
-            "accept_length_2s_after_a_swap": pooled(0, 2),
-            "accept_length_8_to_12s_after_a_swap": pooled(8, 12),
-            "accept_length_last_quarter": round(sum(t for _, t in quarter) / len(quarter), 3),
+            "accept_length_right_after_a_swap": self.window(0, NEAR_STEPS),
+            "accept_length_10s_after_a_swap": self.window(FAR_STEPS, None),
+            "accept_length_last_quarter": round(sum(quarter) / len(quarter), 3),
             "requests_under_one_version": requests,
-            "live_minus_shadow": round((live_al - shadow_al) / max(1, requests), 4),
+            "live_minus_shadow": round((live_length - shadow_length) / max(1, requests), 4),
             "training_cpu_s": round(self.cpu_s, 1),
-            "wall_s": round(self.steps[-1][0] - self.steps[0][0], 1),
             "optimizer_steps": self.learner.trainer.num_steps,
         }
 
 
 def run_arm(server, start, overrides, weights, embed_VD, seed, num_tokens):
     receiver = SampleReceiver(server.paths.samples_endpoint)
-    drained_s = time.monotonic()
-    while time.monotonic() - drained_s < 1.5:
-        if receiver.receive(0.1) is not None and time.monotonic() - drained_s > 30:
-            break
+    until_s = time.monotonic() + 1.5
+    while time.monotonic() < until_s:
+        receiver.receive(0.1)  # what belongs to the arm before
     server.flush()
     arm = Arm(server, [*overrides, f"trainer.seed={seed}"], weights, embed_VD, is_fresh=start == "fresh")
     answers = arm.play(receiver, "support", seed, num_tokens)
@@ -190,9 +193,8 @@ def warm_weights(server, embed_VD, seed):
     for _ in range(WARM_STEPS):
         learner.trainer.step(learner.buffer.draw(2, time.time()))
     draft, samples = Draft(arm.draft_config, learner.trainer.weights()), arm.requests[-16:]
-    walks = [walk(draft, sample, embed_VD, NUM_DRAFT_STEPS) for sample in samples]
-    accept_length = sum(sum(w.num_committed) for w in walks) / sum(len(w) for w in walks)
-    return learner.trainer.weights(), round(accept_length, 2)
+    lengths = [accept_length(walk(draft, sample, embed_VD, NUM_DRAFT_STEPS)) for sample in samples]
+    return learner.trainer.weights(), round(statistics.mean(lengths), 2)
 
 
 def run_seed(seed, num_tokens, rows):
@@ -228,7 +230,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=7_000)
+    parser.add_argument("--tokens", type=int, default=20_000)
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
@@ -236,7 +238,14 @@ def main():
         if seed in {row["seed"] for row in rows}:
             continue
         run_seed(seed, options.tokens, rows)
-        report = {**provenance(), "swap_steps": SWAP_STEPS, "summary": summary(rows), "rows": rows}
+        report = {
+            **provenance(),
+            "swap_steps": SWAP_STEPS,
+            "near": NEAR_STEPS,
+            "far": FAR_STEPS,
+            "summary": summary(rows),
+            "rows": rows,
+        }
         options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -100,31 +100,39 @@ class Traffic:
 
     def __init__(self, base_url: str, make_prompts: Callable[[], Iterator[Prompt]], num_users: int, sampling: Sampling):
         context = multiprocessing.get_context("spawn")
-        self._stopping, self._answers = context.Event(), context.Queue()
-        arguments = (base_url, make_prompts, num_users, sampling, self._stopping, self._answers)
+        self._stopping, self._going, self._answers = context.Event(), context.Event(), context.Queue()
+        self._going.set()
+        arguments = (base_url, make_prompts, num_users, sampling, self._stopping, self._going, self._answers)
         self._process = context.Process(target=_users, args=arguments, daemon=True)
 
     def start(self) -> None:
         self._process.start()
 
+    def hold(self, is_held: bool) -> None:
+        """Send nothing new meanwhile; requests in flight go on."""
+        (self._going.clear if is_held else self._going.set)()
+
     def stop(self) -> list[Answer]:
         """Let the users finish; what they got."""
         self._stopping.set()
+        self._going.set()
         answers = self._answers.get(timeout=120)
         self._process.join()
         return answers
 
 
-def _users(base_url, make_prompts, num_users, sampling, stopping, out) -> None:
-    out.put(asyncio.run(_drive(base_url, make_prompts(), num_users, sampling, stopping)))
+def _users(base_url, make_prompts, num_users, sampling, stopping, going, out) -> None:
+    out.put(asyncio.run(_drive(base_url, make_prompts(), num_users, sampling, stopping, going)))
 
 
-async def _drive(base_url, prompts, num_users, sampling, stopping) -> list[Answer]:
+async def _drive(base_url, prompts, num_users, sampling, stopping, going) -> list[Answer]:
     answers: list[Answer] = []
     async with openai.AsyncOpenAI(base_url=f"{base_url}/v1", api_key="none", timeout=600) as client:
 
         async def user() -> None:
             while not stopping.is_set():
+                while not going.is_set():
+                    await asyncio.sleep(0.01)
                 answers.append(await ask(client, str(WORLD), next(prompts), sampling))
 
         await asyncio.gather(*(user() for _ in range(num_users)))
