@@ -227,7 +227,7 @@ def refused(plan) -> str:
 def test_a_second_training_into_the_same_directory_is_refused(tmp_path: Path):
     run(build_plan(tmp_path))
 
-    assert re.search(r"out: holds a training; go on with --resume", refused(build_plan(tmp_path)))
+    assert re.search(r"losses\.jsonl: exists already; go on with --resume", refused(build_plan(tmp_path)))
 
 
 def test_resuming_with_another_config_recording_or_draft_is_refused_by_its_name(tmp_path: Path):

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -74,7 +75,15 @@ def sidecar(paths: RunPaths) -> Iterator[Sidecar]:
 def start(paths: RunPaths, *words: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "onlinespec.cli", "record", "--run-dir", str(paths.root), *words]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "COLUMNS": "200"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A test run in a shell's background ignores SIGINT, and so would its children.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def wait_until_running(sidecar: Sidecar) -> None:

@@ -2,6 +2,7 @@
 
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -21,12 +22,15 @@ def request_path(tmp_path: Path) -> Path:
     return tmp_path / "record.json"
 
 
-@pytest.fixture
+@contextmanager
 def small_files_only() -> Iterator[None]:
+    """The kernel refuses to let a file grow beyond 6_000 bytes. No longer than needed: pytest writes files too."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def build_live(path: Path, shard_bytes: int = 10_000) -> LiveRecording:
@@ -108,14 +112,15 @@ def test_a_request_to_an_earlier_server_is_dropped_and_writes_nothing(tmp_path: 
 
 
 def test_a_disk_that_refuses_ends_the_recording_with_a_reason_and_the_sidecar_goes_on(
-    tmp_path: Path, request_path: Path, small_files_only: None
+    tmp_path: Path, request_path: Path
 ):
     live = build_live(request_path)
     ask(request_path, tmp_path / "r")
 
-    live.poll(0.0)
-    feed(live, range(20))
-    live.poll(1.0)
+    with small_files_only():
+        live.poll(0.0)
+        feed(live, range(20))
+        live.poll(1.0)
 
     assert live.progress.state == "failed"
     assert "File too large" in live.progress.reason

@@ -2,6 +2,7 @@
 
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -63,13 +64,15 @@ def assert_equal(found: Sample, wanted: Sample) -> None:
             assert one == other, field.name
 
 
-@pytest.fixture
+@contextmanager
 def no_big_files() -> Iterator[None]:
-    """The kernel refuses to let a file grow beyond 20 KB."""
+    """The kernel refuses to let a file grow beyond 20_000 bytes. No longer than needed: pytest writes files too."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_samples_come_back_exactly_and_in_order_over_several_shards(tmp_path: Path):
@@ -181,7 +184,7 @@ def test_a_directory_of_something_else_or_in_use_is_left_alone(tmp_path: Path):
     held.close()
 
 
-def test_a_disk_that_refuses_leaves_what_was_written_before_readable(tmp_path: Path, no_big_files: None):
+def test_a_disk_that_refuses_leaves_what_was_written_before_readable(tmp_path: Path):
     into = recorder(tmp_path / "r", shard_bytes=15_000)
     while not into.manifest.shards:
         into.add(sample(into.num_samples))
@@ -190,7 +193,7 @@ def test_a_disk_that_refuses_leaves_what_was_written_before_readable(tmp_path: P
     while into.num_bytes < written_bytes + 25_000:
         into.add(sample(into.num_samples))
 
-    with pytest.raises(OSError, match="File too large"):
+    with no_big_files(), pytest.raises(OSError, match="File too large"):
         into.flush()
     into.abandon()
 
