@@ -13,7 +13,7 @@ recipe's (`recipe`), of the arm's own (`own`). Return: accept length on code aft
 before it.
 
 Run: python benchmarks/bench_learning.py STREAMS OUT.json [--seeds 5] [--tokens 32000] [--arms "onlinespec;recipe"]
-A run that was stopped goes on where OUT.json ends.
+A run that was stopped goes on where OUT.json ends; every row names its commit. All seeds share the held-out requests.
 """
 
 import argparse
@@ -52,6 +52,7 @@ RECIPE = [
 ARMS = {
     "onlinespec": [],
     "recipe": RECIPE,
+    "recipe, as many steps": [*RECIPE, "trainer.batch_requests=2", "trainer.passes=2"],
     "recipe, lr 1e-3": [*RECIPE, "trainer.adamw_lr=0.001"],
     "recipe, lr 4e-3": [*RECIPE, "trainer.adamw_lr=0.004"],
     "onlinespec, accept 0.5": ["trainer.accept_frac=0.5", "trainer.accept_ramp_steps=100"],
@@ -126,6 +127,7 @@ def run(arm, seed, streams, phase_tokens):
         "optimizer_steps": stream.learner.trainer.num_steps,
         "held_out": [len(found) for found in held_out.values()],
         "held_out_dropped": num_dropped,
+        "commit": provenance()["commit"],
     }
 
 
@@ -141,7 +143,7 @@ def interval(values):
     """Mean and a t interval of 95 % over the seeds."""
     if len(values) < 2:
         return [round(values[0], 3), None, None]
-    t = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(values), 2.0)
+    t = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}[len(values)]
     half = t * statistics.stdev(values) / len(values) ** 0.5
     mean = statistics.mean(values)
     return [round(mean, 3), round(mean - half, 3), round(mean + half, 3)]
