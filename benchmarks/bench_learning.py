@@ -59,6 +59,8 @@ ARMS = {
     "onlinespec, reach weights": ["trainer.step_weights=reach"],
     "onlinespec, reverse kl": ["trainer.loss=reverse_kl"],
     "onlinespec, lora 16": ["trainer.lora_rank=16"],
+    "onlinespec, projections": ["trainer.kv_mode=projections"],
+    "onlinespec, stable": ["trainer.kv_mode=stable"],
     "onlinespec, bfloat16": ["trainer.dtype=bfloat16"],
 }
 
