@@ -58,7 +58,8 @@ _NICE = 10
 _KEY_BYTES = 32
 _MAX_TRAINED_ANSWERS = 200_000
 _MAX_TENANTS = 1000
-_RECEIVE_SLICE_S = 0.25
+_RECEIVE_SLICE_S = 1.0
+"""longest turn of receiving before a step has its turn: several steps' time, so that training never starves judging"""
 _STATUS_S = 1.0
 _STATE_FORMAT = 2
 """of the checkpoint; one of another format is not resumed from"""

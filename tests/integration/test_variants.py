@@ -44,9 +44,10 @@ def sidecar(served: Server, command: list[str], **changes) -> Iterator[None]:
         served.paths.resolved_config.write_text(dump_config(config))
 
 
-def play(served: Server, num_tokens: int, max_tokens: int):
+def play(served: Server, num_tokens: int, max_tokens: int, seed: int):
+    """seed: another for each test, since the server has the prompts of one cached, whose rows a new sidecar lacks."""
     phases = [Phase(FIRST_DOMAIN, FIRST_DOMAIN, num_tokens), Phase(SHIFT_DOMAIN, SHIFT_DOMAIN, num_tokens)]
-    traffic = Traffic(served.base_url, str(WORLD), Sampling(max_tokens=max_tokens), seed=3)
+    traffic = Traffic(served.base_url, str(WORLD), Sampling(max_tokens=max_tokens), seed)
 
     async def run() -> None:
         async def ignore(_record) -> None: ...
@@ -70,7 +71,7 @@ def test_with_the_trainer_disabled_nothing_is_learned_and_the_demos_checks_fail(
     num_events = len(Journal(served.paths).read())
 
     with sidecar(served, ["-m", "onlinespec.sidecar"], trainer={"enabled": False}):
-        phases, records = play(served, num_tokens=2500, max_tokens=64)
+        phases, records = play(served, num_tokens=2500, max_tokens=64, seed=3)
         time.sleep(3)
         status = json.loads(served.paths.sidecar_status.read_bytes())
 
@@ -89,7 +90,7 @@ def test_candidates_of_random_weights_are_judged_and_never_promoted(served, on_f
     cadence = {"candidate_steps": 2, "futility_requests": 12, "holdout_frac": 0.6}
 
     with sidecar(served, [str(RANDOM_CANDIDATES)], gate=cadence):
-        play(served, num_tokens=2500, max_tokens=32)
+        play(served, num_tokens=3500, max_tokens=32, seed=4)
         time.sleep(2)
 
     events = Journal(served.paths).read()[num_events:]
