@@ -6,13 +6,11 @@ Run: .venv/bin/python benchmarks/drift_delay.py [OUT.json]
 """
 
 import json
-import platform
 import sys
-import time
 
 import numpy as np
+from provenance import provenance
 
-import onlinespec
 from onlinespec.config import DriftConfig
 from onlinespec.draft.sample import VerifySteps
 from onlinespec.trainer.drift import Acceptance, Drift
@@ -131,12 +129,5 @@ if __name__ == "__main__":
     one_test()
     whole_detector()
     if len(sys.argv) > 1:
-        provenance = {
-            "onlinespec": onlinespec.__version__,
-            "command": "python benchmarks/drift_delay.py",
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "platform": platform.platform(),
-            "numpy": np.__version__,
-        }
         with open(sys.argv[1], "w") as file:
-            json.dump({**provenance, "rows": ROWS}, file, indent=1)
+            json.dump({**provenance(), "numpy": np.__version__, "rows": ROWS}, file, indent=1)

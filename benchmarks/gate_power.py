@@ -5,13 +5,11 @@ Run: .venv/bin/python benchmarks/gate_power.py [OUT.json]
 """
 
 import json
-import platform
 import sys
-import time
 
 import numpy as np
+from provenance import provenance
 
-import onlinespec
 from onlinespec.config import GateConfig
 from onlinespec.gate.budget import candidate_alpha
 from onlinespec.gate.eprocess import EProcess
@@ -115,12 +113,5 @@ if __name__ == "__main__":
     a_life()
     dependent_turns()
     if len(sys.argv) > 1:
-        provenance = {
-            "onlinespec": onlinespec.__version__,
-            "command": "python benchmarks/gate_power.py",
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "platform": platform.platform(),
-            "numpy": np.__version__,
-        }
         with open(sys.argv[1], "w") as file:
-            json.dump({**provenance, "rows": ROWS}, file, indent=1)
+            json.dump({**provenance(), "numpy": np.__version__, "rows": ROWS}, file, indent=1)
