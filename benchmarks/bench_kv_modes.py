@@ -8,7 +8,7 @@ version and from FAR_STEPS on (some 10 s of serving), over the last quarter of t
 same draft walked over the same rows with its own keys and values) on requests without a swap inside; CPU seconds
 of training. Fresh: an untrained draft on support. Warm: a draft trained on code, then support.
 
-Run: python benchmarks/bench_kv_modes.py OUT.json [--seeds 3] [--tokens 20000]; one boot a seed, resumes at the
+Run: python benchmarks/bench_kv_modes.py OUT.json [--seeds 3] [--tokens 10000]; one boot a seed, resumes at the
 next seed where OUT.json holds some.
 """
 
@@ -43,7 +43,6 @@ ARMS = {
         "free": ["trainer.kv_mode=free"],
         "projections after 80 steps": ["trainer.kv_mode=projections", "trainer.kv_free_steps=80"],
         "stable after 80 steps": ["trainer.kv_mode=stable", "trainer.kv_free_steps=80"],
-        "stable": ["trainer.kv_mode=stable"],
     },
     "warm": {
         "free": ["trainer.kv_mode=free"],
@@ -230,7 +229,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=20_000)
+    parser.add_argument("--tokens", type=int, default=10_000)
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []

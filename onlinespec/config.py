@@ -134,6 +134,10 @@ class TrainerConfig(Section, frozen=True):
     """torch.compile the draft's unroll; wants a C++ compiler on a CPU"""
     passes: Positive = 2
     """times each new request is drawn; more is learned from each, and costs as much more"""
+    new_task_passes: Positive = 4
+    """at least so often for the first new_task_requests requests of a task cluster: there is most to learn from them"""
+    new_task_requests: Annotated[int, msgspec.Meta(ge=0, le=500)] = 100
+    """requests for which a task cluster counts as new, up to 500; 0 for none"""
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
     """seed of fresh weights and of the sampling of batches"""
     num_threads: Positive = 1

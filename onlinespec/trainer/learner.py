@@ -1,7 +1,8 @@
 """One draft's learning: samples in, steps out. What the sidecar does live and `onlinespec train` from a recording.
 
 New requests pay for optimizer steps, so that each is drawn `trainer.passes` times, and that training keeps
-pace with the stream instead of repeating what little there is. Where `buffer.min_failure_cases` asks for it, what
+pace with the stream instead of repeating what little there is. The first of a task cluster pay more: after a shift
+there is most to learn and least of it. Where `buffer.min_failure_cases` asks for it, what
 they pay is spent in rounds, each begun by so many new failure cases. Times are passed in; nothing here reads a
 clock.
 """
@@ -58,10 +59,15 @@ class Learner:
         cluster = self.buffer.add(sample, now_s)
         trainer = self._config.trainer
         if trainer.enabled:
-            per_request = trainer.passes / (trainer.batch_requests * trainer.accumulation)
+            per_request = self._passes(cluster) / (trainer.batch_requests * trainer.accumulation)
             most = max(_MAX_CREDIT_STEPS, per_request * max(1, self._config.buffer.min_failure_cases))
             self._credit_steps = min(self._credit_steps + per_request, most)
         return cluster
+
+    def _passes(self, cluster: int) -> int:
+        clusters, trainer = self.buffer.clusters, self._config.trainer
+        is_new = clusters.num_requests[clusters.ids.index(cluster)] <= trainer.new_task_requests
+        return max(trainer.passes, trainer.new_task_passes) if is_new else trainer.passes
 
     def step(self, now_s: float) -> StepResult | None:
         """One optimizer step; None where none is due."""

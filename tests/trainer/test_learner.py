@@ -10,7 +10,7 @@ from onlinespec.draft.sample import VerifySteps
 from onlinespec.trainer.learner import Learner
 from tests.draft.tiny import CONFIG, build_draft, build_embedding, build_sample
 
-TRAINER = TrainerConfig(batch_requests=2, passes=1, unroll_steps=2, warmup_steps=0)
+TRAINER = TrainerConfig(batch_requests=2, passes=1, new_task_requests=0, unroll_steps=2, warmup_steps=0)
 
 
 def build_learner(trainer: TrainerConfig = TRAINER, **buffer: float) -> Learner:
@@ -45,13 +45,24 @@ def test_so_many_new_requests_pay_for_a_step_and_no_more_than_32_are_owed():
 
 
 def test_each_request_is_drawn_as_often_as_asked_whatever_a_step_takes():
-    learner = build_learner(TrainerConfig(batch_requests=2, accumulation=3, passes=6, unroll_steps=2), replay_frac=0.0)
+    learner = build_learner(TrainerConfig(batch_requests=2, accumulation=3, passes=6, new_task_requests=0, unroll_steps=2), replay_frac=0.0)
     found = 0
     for number in range(12):
         learner.add(sample(number), 0.0)
         found += steps(learner)
 
     assert found * 2 * 3 == 12 * 6
+
+
+def test_the_first_requests_of_a_task_are_drawn_more_often_and_a_merged_one_is_not_new():
+    trainer = TrainerConfig(batch_requests=1, passes=1, new_task_passes=3, new_task_requests=2, unroll_steps=2)
+    learner = build_learner(trainer, num_clusters=1)
+    found = []
+    for number in range(5):
+        learner.add(sample(number), 0.0)
+        found.append(steps(learner))
+
+    assert found == [3, 3, 1, 1, 1]
 
 
 def test_nothing_is_due_without_rows_and_what_was_paid_is_kept():
