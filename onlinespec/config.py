@@ -63,6 +63,8 @@ class BufferConfig(Section, frozen=True):
     """bytes of rows of requests that have not ended; beyond it the request that holds most is given up and counted"""
     max_sequence_tokens: Positive = 2048
     """longest sample trained on; a longer one keeps its last tokens"""
+    max_bytes: Positive = 4 * 2**30
+    """bytes of training rows kept, recent and reservoir together; beyond it the reservoir shrinks, then the window"""
     ttl_s: PositiveFloat = 3600.0
     """seconds after which a captured request is forgotten"""
 

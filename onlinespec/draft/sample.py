@@ -34,7 +34,8 @@ class VerifySteps:
 class Sample:
     """A finished request.
 
-    Shapes: tokens_T int64; aux_TA [T, A*D], zeros where has_aux_T is False; teacher_ids_Tk int64 and
+    Shapes: tokens_T int64; aux_TA [T, A*D] as the server sent it, float32 or bfloat16, zeros where has_aux_T is
+    False; teacher_ids_Tk int64 and
     teacher_logits_Tk float32 [T, k], teacher_lse_T float32: the target's distribution for position t + 1,
     valid where has_teacher_T. The last token usually has no row.
     """
@@ -66,6 +67,11 @@ class Sample:
     @property
     def num_answer_tokens(self) -> int:
         return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its tensors."""
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, torch.Tensor))
 
     @property
     def is_complete(self) -> bool:

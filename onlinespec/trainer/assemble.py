@@ -154,7 +154,8 @@ class Assembler:
 
     def _sample(self, request: _Open, message: RequestEnded, tokens_T: torch.Tensor) -> Sample:
         num_tokens = len(tokens_T)
-        aux_TA = torch.zeros(num_tokens, request.aux[0][1].shape[1])
+        first = request.aux[0][1]
+        aux_TA = torch.zeros(num_tokens, first.shape[1], dtype=first.dtype)
         has_aux_T = torch.zeros(num_tokens, dtype=torch.bool)
         for position, rows in request.aux:
             rows = rows[: max(0, num_tokens - position)]

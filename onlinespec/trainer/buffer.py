@@ -1,8 +1,8 @@
 """What the trainer remembers of the stream: the newest requests, and a sample of all that left, cluster by cluster.
 
-Memory is bounded by the number of samples times `max_sequence_tokens`, and one time for each request of the last
-`ttl_s`; a sample is forgotten `ttl_s` after its request ended, whatever else happens. Nothing is persisted but what
-`state` says. All randomness comes from the generator that is passed in, so the same stream gives the same batches.
+Memory is bounded by `max_bytes` of rows (one sample is kept whatever its size), and one time for each request of the
+last `ttl_s`; a sample is forgotten `ttl_s` after its request ended, whatever else happens. Nothing is persisted but
+what `state` says. All randomness comes from the generator that is passed in, so the same stream gives the same batches.
 
 A burst of short requests ends while the long ones beside it still run, and would push them out of a plain window
 before they were drawn: tokens of long answers would be trained on less often than those of short ones. So what
@@ -100,12 +100,22 @@ class Buffer:
         self.num_failures += is_failure
         cropped = crop(sample, self._config.max_sequence_tokens)
         self._recent.append(_Entry(cropped, assignment.cluster, is_failure))
-        if len(self._recent) > self._config.recent_samples:
+        while self._is_full:
             leaving = min(self._recent, key=_leaves_first)
             self._recent.remove(leaving)
             self._reservoir.offer(leaving.sample, leaving.cluster)
+        self._reservoir.fit(max(0, self._config.max_bytes - self._recent_bytes))
         self.expire(now_s)
         return assignment.cluster
+
+    @property
+    def _recent_bytes(self) -> int:
+        return sum(entry.sample.num_bytes for entry in self._recent)
+
+    @property
+    def _is_full(self) -> bool:
+        is_over = len(self._recent) > self._config.recent_samples or self._recent_bytes > self._config.max_bytes
+        return is_over and len(self._recent) > 1
 
     def _is_failure(self, sample: Sample) -> bool:
         accept_length = live_accept_length(sample.verify)

@@ -42,6 +42,11 @@ class Reservoir:
         """Requests offered, holes like those alive: the capacity at which nothing would be dropped."""
         return self.num_offered + self._holes_inside + self._holes_outside
 
+    @property
+    def num_kept(self) -> int:
+        """Samples kept and places kept for such as expired."""
+        return len(self.samples) + self._holes_inside
+
     def offer(self, sample: Sample) -> None:
         """Take the sample or not."""
         heapq.heappush(self._offered_s, sample.ended_s)
@@ -76,7 +81,7 @@ class Reservoir:
     def resize(self, capacity: int) -> None:
         """Drop at random, holes like samples, what is beyond the capacity."""
         self.capacity = capacity
-        while (size := len(self.samples) + self._holes_inside) > capacity:
+        while (size := self.num_kept) > capacity:
             if self._below(size) < len(self.samples):
                 self._drop_one()
             else:
@@ -124,7 +129,7 @@ class Strata:
     """One reservoir per task cluster; together they never hold more than `capacity` samples."""
 
     def __init__(self, capacity: int, generator: torch.Generator):
-        self._capacity = capacity
+        self._capacity = self._max_capacity = capacity
         self._generator = generator
         self._of: dict[int, Reservoir] = {}
 
@@ -144,6 +149,20 @@ class Strata:
         for reservoir, share in zip(self._of.values(), shares(wanted, self._capacity), strict=True):
             reservoir.resize(share)
         self._of[cluster].offer(sample)
+
+    def fit(self, max_bytes: int) -> None:
+        """Hold no more bytes of rows: drop at random, from the largest cluster first, and lower the capacity to what
+        is left. It rises again, sample by sample, while there is room for one more of the mean size."""
+        samples = self.samples
+        num_bytes = sum(sample.num_bytes for sample in samples)
+        if num_bytes * (len(samples) + 1) <= max_bytes * max(1, len(samples)):
+            self._capacity = min(self._capacity + 1, self._max_capacity)
+        while num_bytes > max_bytes:
+            largest = max(self._of.values(), key=lambda reservoir: reservoir.num_kept)
+            num_bytes -= sum(sample.num_bytes for sample in largest.samples)
+            largest.resize(largest.num_kept - 1)
+            num_bytes += sum(sample.num_bytes for sample in largest.samples)
+            self._capacity = sum(reservoir.num_kept for reservoir in self._of.values())
 
     def merge(self, gone: int, into: int) -> None:
         """Two clusters turned out to be one."""

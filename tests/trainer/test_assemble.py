@@ -228,7 +228,7 @@ def test_a_stop_inside_an_accepted_run_cuts_rows_and_teachers_at_the_last_token(
     assert sample.has_teacher_T.tolist() == [False] * 4 + [True] * 3
 
 
-def test_bfloat16_rows_arrive_with_their_values():
+def test_bfloat16_rows_stay_such_and_keep_their_values():
     assembler, server = build_assembler(), Server()
     assembler.start(server.started())
     for part in server.whole():
@@ -240,8 +240,8 @@ def test_bfloat16_rows_arrive_with_their_values():
 
     sample = assembler.end(server.ended())
 
-    assert sample.aux_TA.dtype == torch.float32
-    wanted = torch.tensor([aux_row(server.tokens, p) for p in range(11)]).bfloat16().float()
+    assert sample.aux_TA.dtype == torch.bfloat16
+    wanted = torch.tensor([aux_row(server.tokens, p) for p in range(11)]).bfloat16()
     assert torch.equal(sample.aux_TA[:11], wanted)
 
 

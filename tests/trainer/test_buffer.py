@@ -33,6 +33,33 @@ def test_the_newest_requests_stay_and_the_oldest_move_to_the_reservoir():
     assert set(requests(buffer.draw(4, 0.0))[:4]) == {3, 4, 5, 6}
 
 
+def test_rows_beyond_the_byte_bound_leave_the_reservoir_and_then_the_window_and_it_grows_again():
+    config = BufferConfig(recent_samples=2, reservoir_samples=16, max_bytes=10 * SAMPLE.num_bytes)
+    long = build_sample(0, 3, 30)
+    buffer = Buffer(config, torch.Generator().manual_seed(0))
+    counts = []
+
+    for number in range(60):
+        sample = long if 20 <= number < 40 else SAMPLE
+        buffer.add(replace(sample, request=number, ended_s=float(number)), now_s=0.0)
+        kept = {sample.request: sample for sample in (*buffer.draw(2, 0.0), *buffer._reservoir.samples)}
+        assert sum(sample.num_bytes for sample in kept.values()) <= config.max_bytes
+        counts.append(len(buffer))
+
+    assert counts[19] >= 9
+    assert counts[39] < 5
+    assert counts[59] > counts[39]
+
+
+def test_one_sample_is_kept_whatever_its_size():
+    buffer = Buffer(BufferConfig(max_bytes=1), torch.Generator().manual_seed(0))
+
+    for number in range(3):
+        buffer.add(numbered(number), 0.0)
+
+    assert requests(buffer.draw(4, 0.0)) == [2]
+
+
 def test_a_batch_takes_the_least_drawn_and_then_the_newest():
     buffer = Buffer(BufferConfig(recent_samples=8), torch.Generator().manual_seed(0))
     for number in range(3):

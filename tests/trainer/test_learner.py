@@ -45,7 +45,9 @@ def test_so_many_new_requests_pay_for_a_step_and_no_more_than_32_are_owed():
 
 
 def test_each_request_is_drawn_as_often_as_asked_whatever_a_step_takes():
-    learner = build_learner(TrainerConfig(batch_requests=2, accumulation=3, passes=6, new_task_requests=0, unroll_steps=2), replay_frac=0.0)
+    learner = build_learner(
+        TrainerConfig(batch_requests=2, accumulation=3, passes=6, new_task_requests=0, unroll_steps=2), replay_frac=0.0
+    )
     found = 0
     for number in range(12):
         learner.add(sample(number), 0.0)
