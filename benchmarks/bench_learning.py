@@ -46,6 +46,7 @@ RECIPE = [
     "trainer.unroll_steps=7",
     "trainer.batch_requests=4",
     "trainer.passes=1",
+    "trainer.new_task_requests=0",
     "trainer.ema_decay=0",
     "buffer.replay_frac=0",
 ]
