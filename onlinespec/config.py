@@ -187,20 +187,36 @@ class GateConfig(Section, frozen=True):
 
     holdout_frac: OpenFraction = 0.3
     """share of conversations kept from training, to judge candidates on"""
+    test: Literal["betting", "bernstein"] = "betting"
+    """e-process a promotion rests on; bernstein is the conservative one: more requests, fewer lucky runs"""
     alpha: OpenFraction = 0.05
-    """false discovery rate: expected share of a run directory's promotions that were no improvement"""
-    min_gain_tokens: NonNegativeFloat = 0.02
+    """largest chance of promoting a candidate that is no improvement; the budget below may lower it"""
+    max_false_promotions_per_day: PositiveFloat = 1.0
+    """promotions of no improvement expected per day, at most; renews with time, one day's worth can be saved up"""
+    max_candidates_per_hour: Positive = 60
+    """races that may begin in an hour"""
+    min_gain_tokens: NonNegativeFloat = 0.01
     """mean gain in accept length a candidate must be shown to exceed"""
     candidate_steps: Positive = 40
     """optimizer steps between two candidates; one is judged at a time"""
     min_requests: Positive = 8
-    """held-out requests a promotion needs at least"""
-    max_requests: Positive = 400
+    """held-out requests, each of another conversation, that a promotion needs at least"""
+    min_span_s: NonNegativeFloat = 5.0
+    """seconds between the first and the last start of a request that counted which a promotion needs at least; raise it
+    to minutes where traffic comes in bursts"""
+    max_requests: Positive = 1000
     """held-out requests after which an undecided candidate is dropped for a newer one"""
     futility_requests: Positive = 24
-    """held-out requests after which a candidate whose mean gain is not above min_gain_tokens is dropped"""
-    stall_requests: Positive = 24
+    """held-out requests from which on a candidate is dropped whose mean gain lies below min_gain_tokens by a standard
+    error"""
+    stall_requests: Positive = 48
     """last held-out requests whose pace must promise a promotion within max_requests; else a newer candidate goes on"""
+    slice_tolerance_tokens: NonNegativeFloat = 0.2
+    """loss in accept length that a candidate may bring to a slice: tenant, task cluster, answer length, temperature"""
+    slice_min_frac: OpenFraction = 0.25
+    """share of a race's requests from which on a slice must be shown to lose less than that"""
+    slice_alpha: OpenFraction = 0.1
+    """largest chance of promoting a candidate that loses more on such a slice, and of refusing one that loses less"""
     max_missing_frac: Fraction = 0.5
     """share of prompt rows a judged request may lack (a prefix cached before the sidecar started)"""
     max_race_s: PositiveFloat = 3600.0

@@ -19,11 +19,12 @@ from onlinespec.draft.checkpoint import read_draft, write_draft
 from onlinespec.draft.config import DraftConfig
 from onlinespec.draft.header import digest_of_bytes
 from onlinespec.draft.model import Draft
-from onlinespec.draft.sample import Sample
+from onlinespec.draft.sample import Sample, VerifySteps
 from onlinespec.draft.walk import accept_walk, matches_each
-from onlinespec.gate.budget import candidate_alpha
+from onlinespec.gate.budget import candidate_alpha, may_start
 from onlinespec.gate.race import Race
-from onlinespec.gate.verdict import Verdict, barred_reason
+from onlinespec.gate.slices import slice_labels
+from onlinespec.gate.verdict import Verdict, Walked, barred_reason, fidelity_of
 from onlinespec.launch import Launch
 from onlinespec.paths import RunPaths
 from onlinespec.versions.journal import (
@@ -51,6 +52,17 @@ class Candidate:
     weights: dict[str, torch.Tensor]
     draft: Draft
     provenance: Provenance
+
+
+def walked(steps: VerifySteps, end: int, num_steps: int) -> Walked:
+    """What an accept walk up to position `end`, the last committed token's, comes to.
+
+    A draft position past the end was never checked and counts as not reached.
+    """
+    starts = list(zip(steps.start, steps.num_correct, strict=True))
+    reached = [sum(correct >= k and start + k < end for start, correct in starts) for k in range(num_steps)]
+    matched = [sum(correct > k for _, correct in starts) for k in range(num_steps)]
+    return Walked(sum(steps.num_committed), len(steps), tuple(reached), tuple(matched))
 
 
 class Promoter:
@@ -126,15 +138,18 @@ class Promoter:
         return self._incumbent.weights()
 
     def freeze(self, weights: dict[str, torch.Tensor], provenance: Provenance) -> None:
-        """Start a race for these weights; barred ones are passed over."""
+        """Start a race for these weights; barred ones are passed over, all where the budget allows none now."""
         self.sync()
         digest = digest_of_bytes(save(weights))
         incumbent_digest = self.state.digests[self.version]
         if barred_reason(digest, self.state.barred) or digest == incumbent_digest:
             return
-        gate = self._config.gate
-        alpha = candidate_alpha(gate.alpha, self.state.num_candidates, self.state.num_promotions)
-        self._journal.append(RaceStarted(time_s=time.time(), candidate_digest=digest, alpha=alpha))
+        gate, now_s = self._config.gate, time.time()
+        races = [(event.time_s, event.alpha) for event in self._journal.read() if isinstance(event, RaceStarted)]
+        if not may_start(now_s, races, gate):
+            return
+        alpha = candidate_alpha(now_s, races, gate)
+        self._journal.append(RaceStarted(time_s=now_s, candidate_digest=digest, alpha=alpha))
         self._candidate = Candidate(digest, weights, Draft(self.draft_config, weights), provenance)
         self.race = Race(
             digest,
@@ -146,8 +161,11 @@ class Promoter:
             was_trained_on=self._was_trained_on,
         )
 
-    def observe(self, sample: Sample) -> Verdict | None:
-        """Walk a held-out request with both drafts; the verdict where it decides the race."""
+    def observe(self, sample: Sample, cluster: int | None) -> Verdict | None:
+        """Walk a held-out request with both drafts; the verdict where it decides the race.
+
+        cluster: the task cluster it belongs to; None before there are any.
+        """
         self.sync()
         if self.race is None or self._candidate is None:
             return None
@@ -156,14 +174,26 @@ class Promoter:
             return None
         if not self.race.admits(sample.started_s, sample.group, sample.answer_key):
             return None
-        num_steps = self._launch.num_draft_steps
+        num_steps, end = self._launch.num_draft_steps, sample.num_tokens - 1
+        drafts = [self._incumbent, self._candidate.draft]
         walks = [
-            accept_walk(matches, sample.num_prompt_tokens, sample.num_tokens - 1, num_steps)
-            for matches in matches_each([self._incumbent, self._candidate.draft], sample, self._embed_VD, num_steps)
+            accept_walk(matches, sample.num_prompt_tokens, end, num_steps)
+            for matches in matches_each(drafts, sample, self._embed_VD, num_steps)
         ]
-        incumbent, candidate = ((sum(walk.num_committed), len(walk)) for walk in walks)
+        incumbent, candidate = (walked(walk, end, num_steps) for walk in walks)
         verdict = self.race.observe(
-            sample.request, *incumbent, *candidate, sample.group, now_s=time.time(), is_complete=sample.is_complete
+            sample.request,
+            incumbent,
+            candidate,
+            sample.group,
+            started_s=sample.started_s,
+            now_s=time.time(),
+            fidelity=fidelity_of(
+                has_swap=sample.has_swap,
+                is_complete=sample.is_complete,
+                num_completed_rows=sample.num_completed_rows,
+            ),
+            slices=slice_labels(sample.tenant, cluster, sample.num_answer_tokens, sample.temperature),
         )
         if verdict is not None:
             self._conclude(verdict)

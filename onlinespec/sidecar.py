@@ -202,8 +202,9 @@ class Sidecar:
         sample = replace(sample, group=group_of(self._key, sample.tenant, first_turn))
         if is_holdout(sample.group, self._config.gate.holdout_frac):
             self.counters["heldout_samples"] += 1
-            self._watch(sample, self.learner.buffer.clusters.nearest(pooled(sample.aux_TA, sample.has_aux_T)))
-            verdict = self.promoter.observe(sample)
+            cluster = self.learner.buffer.clusters.nearest(pooled(sample.aux_TA, sample.has_aux_T))
+            self._watch(sample, cluster)
+            verdict = self.promoter.observe(sample, cluster)
             if verdict is not None:
                 self.counters[f"verdicts_{verdict.decision}"] += 1
                 self._save()

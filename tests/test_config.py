@@ -108,7 +108,7 @@ BAD_VALUES = {
     "trainer.lora_targets=[1]": ("trainer.lora_targets is [1]", "wanted a list of names"),
     "versions.keep_last=": ("versions.keep_last is None", "wanted an integer of at least 1"),
     "gate=5": ("gate is 5", "wanted a mapping of fields"),
-    "gate.min_requests=500": ("gate.max_requests is 400", "at least min_requests, 500"),
+    "gate.min_requests=5000": ("gate.max_requests is 1000", "at least min_requests, 5000"),
     "buffer.min_failure_cases=5": ("buffer.min_failure_cases", "accept_threshold is 0"),
     "gate.alhpa=0.1": ("unknown key gate.alhpa", "did you mean gate.alpha?"),
     "gates.alpha=0.1": ("unknown key gates", "did you mean gate?"),
@@ -219,7 +219,7 @@ def test_explain_says_value_origin_default_bounds_and_meaning(write):
     found = dict(zip(lines[::3], zip(lines[1::3], lines[2::3], strict=True), strict=True))
 
     bounds = "wanted a number above 0 and below 1"
-    meaning = "    false discovery rate: expected share of a run directory's promotions that were no improvement"
+    meaning = "    largest chance of promoting a candidate that is no improvement; the budget below may lower it"
     assert found["gate.alpha = 0.1"] == (f"    from {file}:3; the default is 0.05; {bounds}", meaning)
     assert found["gate.min_requests = 5"][0].startswith("    from --set gate.min_requests=5; the default is 8;")
     assert found["gate.holdout_frac = 0.3"][0] == f"    the default; {bounds}"

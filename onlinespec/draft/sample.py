@@ -57,6 +57,8 @@ class Sample:
     started_s: float
     """wall clock of the server when the request's first rows came"""
     ended_s: float
+    num_completed_rows: int = 0
+    """of has_aux_T, rows that the server's prefix cache kept from the tap and an earlier request had"""
     group: bytes = b""
     """keyed hash of tenant and first user message; one conversation and its repeats share it"""
 
@@ -77,6 +79,11 @@ class Sample:
     def is_complete(self) -> bool:
         """Every position but the last has its row: the accept walk is exact."""
         return bool(self.has_aux_T[: self.num_tokens - 1].all())
+
+    @property
+    def has_swap(self) -> bool:
+        """More than one draft drafted for it."""
+        return len(set(self.verify.version)) > 1 or any(self.verify.is_mixed)
 
     @property
     def missing_prompt_frac(self) -> float:

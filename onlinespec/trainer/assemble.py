@@ -170,7 +170,7 @@ class Assembler:
             count = max(0, span.stop - span.start)
             ids_Tk[span], logits_Tk[span], lse_T[span] = ids[:count].long(), logits[:count], lse[:count]
             has_teacher_T[span] = True
-        self._count_rows(tokens_T, aux_TA, has_aux_T)
+        num_completed = self._complete(tokens_T, aux_TA, has_aux_T)
         self._prefix_rows.store(tokens_T, aux_TA, has_aux_T)
         started = request.started
         return Sample(
@@ -189,10 +189,12 @@ class Assembler:
             finish_reason=message.reason,
             started_s=started.time_s,
             ended_s=message.time_s,
+            num_completed_rows=num_completed,
         )
 
-    def _count_rows(self, tokens_T: torch.Tensor, aux_TA: torch.Tensor, has_aux_T: torch.Tensor) -> None:
-        """Complete the request from the cache; file its rows, and itself, under where they came from."""
+    def _complete(self, tokens_T: torch.Tensor, aux_TA: torch.Tensor, has_aux_T: torch.Tensor) -> int:
+        """Complete the request from the cache; file its rows, and itself, under where they came from. Returns how many
+        rows the cache had."""
         num_rows, num_captured = len(tokens_T) - 1, int(has_aux_T[:-1].sum())
         num_completed = self._prefix_rows.complete(tokens_T[:-1], aux_TA[:-1], has_aux_T[:-1])
         num_missing = num_rows - num_captured - num_completed
@@ -201,6 +203,7 @@ class Assembler:
         self.counters["rows_missing"] += num_missing
         kind = "missing_context" if num_missing else "completed" if num_completed else "complete"
         self.counters[f"samples_{kind}"] += 1
+        return num_completed
 
     def row_shares(self) -> dict[str, float]:
         """Of the rows that finished requests should have: captured, completed from the cache, missing. Empty before

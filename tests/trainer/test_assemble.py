@@ -95,6 +95,7 @@ def test_a_request_that_arrived_whole_is_complete_and_its_own():
 
     assert sample.tokens_T.tolist() == PROMPT + ANSWER
     assert sample.is_complete
+    assert sample.num_completed_rows == 0
     assert not bool(sample.has_aux_T[-1])
     assert (sample.request, sample.tenant, sample.num_prompt_tokens, sample.temperature) == (1, "acme", 5, 0.5)
     assert (sample.finish_reason, sample.started_s, sample.ended_s) == ("stop", 5.0, 9.0)
@@ -192,6 +193,7 @@ def test_rows_of_a_cached_prefix_are_completed_from_a_request_that_is_still_runn
     assert sample.is_complete
     assert sample.aux_TA[:6].tolist() == [aux_row(second.tokens, p) for p in range(6)]
     assert (assembler.counters["rows_missing"], assembler.counters["rows_completed"]) == (0, 4)
+    assert sample.num_completed_rows == 4
 
 
 def test_without_known_rows_a_cached_prefix_stays_a_hole():
