@@ -28,16 +28,15 @@ from onlinespec.launch import Launch
 from onlinespec.paths import RunPaths
 from onlinespec.versions.journal import (
     Journal,
-    JournalState,
     Judged,
     Promoted,
     Published,
     RaceStarted,
     SwapFailed,
-    rollback_from,
-    state_of,
+    Withheld,
 )
 from onlinespec.versions.manifest import Provenance
+from onlinespec.versions.state import JournalState, rollback_from, state_of
 from onlinespec.versions.store import VersionStore
 from onlinespec.wire.messages import GetHello, Hello, Swap
 from onlinespec.wire.sockets import ControlClient
@@ -126,8 +125,10 @@ class Promoter:
         return self._incumbent.weights()
 
     def freeze(self, weights: dict[str, torch.Tensor], provenance: Provenance) -> None:
-        """Start a race for these weights; barred ones are passed over."""
+        """Start a race for these weights; barred ones are passed over, and a paused gate starts none."""
         self.sync()
+        if self.state.is_paused:
+            return
         digest = digest_of_bytes(save(weights))
         incumbent_digest = self.state.digests[self.version]
         if barred_reason(digest, self.state.barred) or digest == incumbent_digest:
@@ -196,7 +197,11 @@ class Promoter:
 
     def _promote(self, candidate: Candidate, evidence: dict) -> None:
         state = state_of(self._journal.read())
-        if state.incumbent != self.version or barred_reason(candidate.digest, state.barred):
+        forbidden = state.hold or barred_reason(candidate.digest, state.barred)
+        if state.incumbent != self.version:
+            forbidden = f"version {state.incumbent} came into service meanwhile"
+        if forbidden:
+            self._journal.append(Withheld(time_s=time.time(), candidate_digest=candidate.digest, reason=forbidden))
             return
 
         def write(folder: Path) -> None:
@@ -211,7 +216,10 @@ class Promoter:
             verdict=evidence,
         )
         assert manifest.digest == candidate.digest, "what was judged is not what was written"
-        self._journal.append(Published(time_s=time.time(), version=manifest.version, digest=manifest.digest))
+        published = Published(
+            time_s=time.time(), version=manifest.version, digest=manifest.digest, parent=manifest.parent
+        )
+        self._journal.append(published)
         ack = self._control.acknowledged(
             Swap(manifest.version, str(self._paths.version(manifest.version)), manifest.digest)
         )
@@ -223,8 +231,4 @@ class Promoter:
         )
         self.version = manifest.version
         self._incumbent = candidate.draft
-        self._store.retain(self._config.versions.keep_last, {manifest.version, *self._protected()})
-
-    def _protected(self) -> set[int]:
-        state = state_of(self._journal.read())
-        return {version for version in (state.incumbent, state.previous) if version is not None}
+        self._store.retain(self._config.versions.keep_last, state_of(self._journal.read()).protected)

@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"promote", "record"},
     "provision": {"errors", "config", "paths", "draft", "versions"},
     "operate": {"errors", "paths", "wire", "launch", "versions"},
+    "history": {"paths", "launch", "versions"},
     "serve": {"errors", "config", "resolve", "paths", "wire", "support", "launch", "cpu", "versions", "plugin"}
     | {"provision"},
     "bench": {"errors", "world"},
@@ -49,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "provision",
         "serve",
         "operate",
+        "history",
         "bench",
         "demo",
         "record",

@@ -22,8 +22,9 @@ from typing import Any
 from onlinespec.errors import VersionError
 from onlinespec.paths import RunPaths
 from onlinespec.versions.durable import sync_path, sync_tree
-from onlinespec.versions.journal import Journal, state_of
+from onlinespec.versions.journal import Journal
 from onlinespec.versions.manifest import WEIGHTS_FILE, Manifest, Provenance, read_manifest, write_manifest
+from onlinespec.versions.state import state_of
 
 PUBLISHING = ".publishing-"
 REMOVING = ".removing-"

@@ -12,15 +12,19 @@ from onlinespec.paths import RunPaths
 from onlinespec.versions.journal import (
     Journal,
     Judged,
+    Paused,
+    Pinned,
     Promoted,
     Published,
     RaceStarted,
+    Resumed,
     RolledBack,
     ServerStarted,
     SwapFailed,
-    rollback_from,
-    state_of,
+    Unpinned,
+    Withheld,
 )
+from onlinespec.versions.state import rollback_from, state_of
 
 APPENDER = """
 import sys
@@ -60,6 +64,11 @@ def test_events_come_back_as_they_were_written(paths):
         promoted(2, 1),
         RolledBack(time_s=5.0, from_version=2, to_version=1, by="guard", barred_digest="d2"),
         SwapFailed(time_s=6.0, version=3, reason="shape"),
+        Withheld(time_s=7.0, candidate_digest="d3", reason="version 1 is pinned"),
+        Pinned(time_s=8.0, version=1, reason="audit"),
+        Unpinned(time_s=9.0, version=1),
+        Paused(time_s=10.0),
+        Resumed(time_s=11.0, reason="done"),
     )
     journal = Journal(paths)
 
@@ -69,6 +78,18 @@ def test_events_come_back_as_they_were_written(paths):
     assert journal.read() == events
     assert json.loads(paths.journal.read_text().splitlines()[0])["event"] == "published"
     assert paths.journal.stat().st_mode & 0o077 == 0
+
+
+def test_events_of_an_older_journal_are_read(paths):
+    paths.journal.write_bytes(
+        b'{"event":"published","time_s":1.0,"version":1,"digest":"d1"}\n'
+        b'{"event":"promoted","time_s":2.0,"version":1,"from_version":null,"by":"operator"}\n'
+    )
+
+    assert Journal(paths).read() == (
+        Published(time_s=1.0, version=1, digest="d1"),
+        Promoted(time_s=2.0, version=1, from_version=None, by="operator"),
+    )
 
 
 def test_a_run_without_a_journal_has_no_events(paths):
