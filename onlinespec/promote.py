@@ -207,6 +207,7 @@ class Promoter:
         def write(folder: Path) -> None:
             write_draft(folder, self.draft_config, candidate.weights)
 
+        self._retain(state)  # first: others may have filled the disk since the last promotion
         manifest = self._store.publish(
             write,
             parent=self.version,
@@ -231,4 +232,8 @@ class Promoter:
         )
         self.version = manifest.version
         self._incumbent = candidate.draft
-        self._store.retain(self._config.versions.keep_last, state_of(self._journal.read()).protected)
+        self._retain(state_of(self._journal.read()))
+
+    def _retain(self, state: JournalState) -> None:
+        if notice := self._store.retain(self._config.versions, state).notice:
+            print(f"onlinespec sidecar: {notice}", flush=True)

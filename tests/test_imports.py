@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trainer": {"errors", "config", "wire", "draft"},
     "world": {"cpu", "trainer"},
     "gate": {"errors", "config"},
-    "versions": {"errors", "paths"},
+    "versions": {"errors", "paths", "config"},
     "record": {"errors", "paths", "launch", "draft", "versions"},
     "offline": {"errors", "config", "draft", "trainer", "gate", "versions", "record", "world"},
     "plugin": {"errors", "config", "resolve", "paths", "wire", "launch", "draft"},

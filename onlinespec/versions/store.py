@@ -19,12 +19,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from onlinespec.config import VersionsConfig
 from onlinespec.errors import VersionError
 from onlinespec.paths import RunPaths
 from onlinespec.versions.durable import sync_path, sync_tree
 from onlinespec.versions.journal import Journal
 from onlinespec.versions.manifest import WEIGHTS_FILE, Manifest, Provenance, read_manifest, write_manifest
-from onlinespec.versions.state import state_of
+from onlinespec.versions.retention import Deletion, choose
+from onlinespec.versions.state import JournalState, state_of
 
 PUBLISHING = ".publishing-"
 REMOVING = ".removing-"
@@ -123,23 +127,24 @@ class VersionStore:
             )
         return manifest
 
-    def retain(self, keep_last: int, protect: Collection[int]) -> tuple[int, ...]:
-        """Delete all but the newest `keep_last` versions and the protected ones; return what was deleted.
+    def retain(self, config: VersionsConfig, state: JournalState, also: Collection[int] = ()) -> Deletion:
+        """Delete what `retention.choose` says, for the disk as it is now; return what it said.
 
-        The caller protects the incumbent, what it would roll back to, and what is pinned.
+        Protected is what `state` protects, and `also`: versions on their way into service.
         """
-        assert keep_last >= 1, keep_last
         if not self._paths.versions.is_dir():
-            return ()
+            return Deletion((), (), 0, 0, 0)
         with self._locked():
-            doomed = tuple(number for number in self.numbers()[:-keep_last] if number not in protect)
-            moved = [self._paths.versions / f"{REMOVING}{number:06d}" for number in doomed]
-            for number, path in zip(doomed, moved, strict=True):
+            sizes = {number: tree_bytes(self._paths.version(number)) for number in self.numbers()}
+            free_bytes = shutil.disk_usage(self._paths.versions).free
+            deletion = choose(sizes, state.promoted, {*state.protected, *also}, free_bytes, config)
+            moved = [self._paths.versions / f"{REMOVING}{number:06d}" for number in deletion.versions]
+            for number, path in zip(deletion.versions, moved, strict=True):
                 self._paths.version(number).rename(path)
             sync_path(self._paths.versions)
             for path in moved:
                 shutil.rmtree(path)
-        return doomed
+        return deletion
 
     def incumbent_for(self, target_digest: str) -> Manifest | None:
         """The version a restarted server loads; None where the journal names none.
@@ -174,7 +179,7 @@ class VersionStore:
         assert held is not None, directory
         try:
             yield directory
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # safetensors does not tell a full disk as an OSError
             raise VersionError(f"{directory}: nothing was published ({error}); check the disk") from error
         finally:
             shutil.rmtree(directory, ignore_errors=True)
@@ -195,6 +200,11 @@ def file_digest(path: Path) -> str:
     """Sha256 of a file, in hex, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tree_bytes(directory: Path) -> int:
+    """Bytes of all files below a directory."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def _lock_directory(path: Path) -> int | None:

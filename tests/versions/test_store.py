@@ -3,16 +3,19 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 
 import pytest
 
+from onlinespec.config import VersionsConfig
 from onlinespec.errors import VersionError
 from onlinespec.paths import RunPaths
 from onlinespec.versions.journal import Journal, Promoted, ServerStarted
 from onlinespec.versions.manifest import Provenance
+from onlinespec.versions.state import JournalState
 from onlinespec.versions.store import VersionStore
 
 PROVENANCE = Provenance(optimizer_steps=30, answer_tokens=4000, seed=0, tenants=("a", "b"))
@@ -46,6 +49,22 @@ BUSY = (
 for number in range(15):
     text = f"{sys.argv[2]} {number}".encode()
     print(publish(store, lambda path: (path / "model.safetensors").write_bytes(text)).version, flush=True)
+"""
+)
+
+FULL_DISK = (
+    CHILD
+    + """
+import resource, signal
+import torch
+from safetensors.torch import save_file
+from onlinespec.errors import VersionError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    publish(store, lambda path: save_file({"a": torch.zeros(10_000)}, path / "model.safetensors"))
+except VersionError as error:
+    print(error)
 """
 )
 
@@ -98,7 +117,7 @@ def test_an_empty_store_has_no_versions(paths):
 
     assert store.numbers() == ()
     assert store.latest() is None
-    assert store.retain(1, ()) == ()
+    assert store.retain(VersionsConfig(), JournalState()).versions == ()
     assert not paths.root.exists()
 
 
@@ -212,16 +231,45 @@ def test_concurrent_publishers_get_different_numbers(paths):
             assert (paths.version(version) / "model.safetensors").read_text() == f"{name} {count}"
 
 
-def test_retention_keeps_the_newest_and_the_protected(paths):
+def test_retention_keeps_the_newest_milestones_and_the_protected(paths):
     store = VersionStore(paths)
     for _ in range(6):
         publish(store)
+    state = JournalState(incumbent=2, previous=99, promoted=(1, 3, 4, 5))
 
-    deleted = store.retain(2, {2, 99})
+    deletion = store.retain(VersionsConfig(keep_last=2, milestone_every=2, min_free_bytes=0), state)
 
-    assert deleted == (1, 3, 4)
-    assert store.numbers() == (2, 5, 6)
+    assert deletion.versions == (1, 4)
+    assert deletion.notice is None
+    assert store.numbers() == (2, 3, 5, 6)
     assert publish(store).version == 7
+
+
+def test_a_disk_without_room_keeps_only_what_is_protected_and_says_so(paths):
+    store = VersionStore(paths)
+    for _ in range(4):
+        publish(store)
+
+    deletion = store.retain(VersionsConfig(min_free_bytes=2**62), JournalState(incumbent=2), also={4})
+
+    assert (deletion.for_room, store.numbers()) == ((1, 3), (2, 4))
+    assert re.fullmatch(
+        r"[\d.]+ GiB of disk are free, versions.min_free_bytes wants 4294967296.00 GiB; versions deleted: 1, 3;"
+        r" free now: [\d.]+ GiB; make room on that disk",
+        deletion.notice,
+    )
+
+
+def test_weights_that_a_full_disk_cuts_short_are_one_error_and_leave_the_store_as_it_was(paths):
+    publish(VersionStore(paths), b"small")
+
+    # A file size limit makes the kernel cut the write short, as a full disk does.
+    child = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(paths.root)], capture_output=True, text=True, check=True
+    )
+
+    assert re.fullmatch(r".*/\.publishing-\S+: nothing was published .*; check the disk\n", child.stdout)
+    assert sorted(os.listdir(paths.versions)) == [".lock", "000001"]
 
 
 def test_a_removal_that_a_crash_cut_short_is_finished_by_the_next_open(paths):
