@@ -22,6 +22,7 @@ from onlinespec.versions.journal import (
     RolledBack,
     ServerStarted,
     SwapFailed,
+    TargetChanged,
     Unpinned,
     Withheld,
 )
@@ -36,7 +37,7 @@ def history_lines(root: Path) -> Iterator[str]:
     for event in Journal(RunPaths(root)).read():
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event.time_s))
         what, told = _told(event)
-        yield f"{when}  {what:<14}{told}"
+        yield f"{when}  {what:<15}{told}"
 
 
 def history_json(root: Path) -> Iterator[str]:
@@ -67,6 +68,9 @@ def _told(event: AnyEvent) -> tuple[str, str]:
             return "swap failed", f"version {event.version}{_because(event.reason)}"
         case ServerStarted():
             return "started", f"on version {event.version}"
+        case TargetChanged():
+            digests = f"{event.from_digest[:_SHOWN]} to {event.to_digest[:_SHOWN]}"
+            return "target changed", f"{digests}; what was shown before counts no more"
     return _order(event)
 
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from onlinespec.errors import StartError, SwapError, WireError
+from onlinespec.errors import StartError, SwapError, VersionError, WireError
 from onlinespec.launch import Launch, holding, read_launch
 from onlinespec.paths import RunPaths
 from onlinespec.versions.journal import AnyEvent, Journal, Paused, Pinned, Promoted, Published, Resumed, Unpinned
@@ -44,6 +44,12 @@ class _Desk:
     def put(self, version: int) -> None:
         """Have the server serve a version; a stopped one will. Raises: see `promote`."""
         manifest = self.store.verify(version)
+        target = self.state.target_digest or self.launch.target_digest
+        if manifest.target_digest != target:
+            raise VersionError(
+                f"version {version} was trained for target {manifest.target_digest[:12]}, the server has target"
+                f" {target[:12]}; name a version of this target, or serve that target in another run directory"
+            )
         if version not in self.state.digests:
             # A crash kept it from the journal; who trains on from it looks there.
             published = Published(time_s=time.time(), version=version, digest=manifest.digest, parent=manifest.parent)
@@ -89,7 +95,8 @@ def promote(root: Path, version: int, reason: str = "") -> str:
     """Put a version in service and lift its bar; returns the line to show.
 
     Raises: StartError where this is no run directory; VersionError where the version is not there, is damaged,
-    or another one is pinned; WireError where the server does not answer; SwapError where it refuses.
+    was trained for another target, or another one is pinned; WireError where the server does not answer;
+    SwapError where it refuses.
     """
     with _desk(root) as desk:
         if desk.has(version):

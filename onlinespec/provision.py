@@ -17,8 +17,9 @@ from onlinespec.draft.start import is_fresh, read_start
 from onlinespec.draft.trainable import check_trainable
 from onlinespec.errors import StartError
 from onlinespec.paths import RunPaths
-from onlinespec.versions.journal import Journal, Published
+from onlinespec.versions.journal import Journal, Published, TargetChanged
 from onlinespec.versions.manifest import Provenance
+from onlinespec.versions.state import state_of
 from onlinespec.versions.store import VersionStore
 
 
@@ -71,6 +72,7 @@ def provision_draft(
     notices: tuple[str, ...] = ()
     if manifest is not None:
         store.verify(manifest.version)
+        _note_target(Journal(paths), digest)
         _check_trainable(read_draft_config(paths.version(manifest.version)), trainer)
         notices = (f"resuming draft version {manifest.version}, the last one in service; --draft {draft} is not read",)
         return Provision(paths.version(manifest.version), manifest.version, digest, context, notices)
@@ -92,6 +94,13 @@ def provision_draft(
     )
     Journal(paths).append(Published(time_s=time.time(), version=manifest.version, digest=manifest.digest))
     return Provision(paths.version(manifest.version), manifest.version, digest, context, notices)
+
+
+def _note_target(journal: Journal, digest: str) -> None:
+    """A target that changed while it was served, and is started from its first files again, changes back."""
+    last = state_of(journal.read()).target_digest
+    if last not in (None, digest):
+        journal.append(TargetChanged(time_s=time.time(), from_digest=last, to_digest=digest))
 
 
 def _check_trainable(config: DraftConfig, trainer: TrainerConfig) -> None:

@@ -32,6 +32,7 @@ from onlinespec.versions.journal import (
     RolledBack,
     ServerStarted,
     SwapFailed,
+    TargetChanged,
     Unpinned,
     Withheld,
 )
@@ -283,6 +284,33 @@ def test_damaged_weights_are_refused_before_the_server_is_asked(paths: RunPaths,
     assert server.swaps == []
 
 
+@pytest.mark.parametrize("words", [("promote", "4"), ("rollback", "--to", "4"), ("pin", "4")])
+def test_a_version_of_another_target_is_refused_with_found_wanted_and_the_way_out(
+    paths: RunPaths, server: FakeServer, words: tuple[str, ...]
+):
+    publish(paths, None, target_digest="b" * 64)
+    before = num_events(paths)
+
+    error = refused(paths, *words)
+
+    assert str(error) == (
+        "version 4 was trained for target bbbbbbbbbbbb, the server has target aaaa; name a version of this target,"
+        " or serve that target in another run directory"
+    )
+    assert (server.swaps, num_events(paths)) == ([], before)
+
+
+def test_after_the_target_changed_only_versions_of_the_new_one_come_into_service(paths: RunPaths, server: FakeServer):
+    Journal(paths).append(TargetChanged(time_s=3.0, from_digest=TARGET, to_digest="bbbb"))
+    publish(paths, 3, target_digest="bbbb")
+
+    assert "the server has target bbbb" in str(refused(paths, "promote", "2"))
+    assert "nothing was in service before version 3" in str(refused(paths, "rollback"))
+    told(paths, "promote", "4")
+
+    assert server.version == 4
+
+
 def test_a_version_that_is_not_there_is_refused_with_those_that_are(paths: RunPaths, server: FakeServer):
     assert "version 9 is not in" in str(refused(paths, "promote", "9"))
     assert "it holds 1, 2, 3" in str(refused(paths, "pin", "9"))
@@ -402,44 +430,48 @@ VERDICT = {
     "accept_length_candidate": 2.44,
 }
 TOLD: list[tuple[AnyEvent, str]] = [
-    (Published(time_s=0, version=1, digest="d" * 64), "published     version 1, weights dddddddddddd"),
+    (Published(time_s=0, version=1, digest="d" * 64), "published      version 1, weights dddddddddddd"),
     (
         Published(time_s=0, version=4, digest="d" * 64, parent=3),
-        "published     version 4, weights dddddddddddd, trained from version 3",
+        "published      version 4, weights dddddddddddd, trained from version 3",
     ),
-    (RaceStarted(time_s=0, candidate_digest="c" * 64, alpha=0.0083), "candidate     cccccccccccc at alpha 0.0083"),
+    (RaceStarted(time_s=0, candidate_digest="c" * 64, alpha=0.0083), "candidate      cccccccccccc at alpha 0.0083"),
     (
         Judged(time_s=0, candidate_digest="c" * 64, verdict=VERDICT),
-        "gate: promote cccccccccccc: gain +0.123 tokens over 56 requests; e-value 310 of 120 wanted;"
+        "gate: promote  cccccccccccc: gain +0.123 tokens over 56 requests; e-value 310 of 120 wanted;"
         " accept length 2.31 -> 2.44; better than 0.02",
     ),
-    (Judged(time_s=0, candidate_digest="c" * 64, verdict={"decision": "drop"}), "gate: drop    cccccccccccc"),
+    (Judged(time_s=0, candidate_digest="c" * 64, verdict={"decision": "drop"}), "gate: drop     cccccccccccc"),
     (
         Withheld(time_s=0, candidate_digest="c" * 64, reason="version 3 is pinned"),
-        "withheld      cccccccccccc was not promoted: version 3 is pinned",
+        "withheld       cccccccccccc was not promoted: version 3 is pinned",
     ),
     (
         Promoted(time_s=0, version=2, from_version=1, by="gate"),
-        "in service    version 2 instead of 1, by the gate",
+        "in service     version 2 instead of 1, by the gate",
     ),
     (
         Promoted(time_s=0, version=2, from_version=None, by="operator", reason="faster"),
-        "in service    version 2, by the operator: faster",
+        "in service     version 2, by the operator: faster",
     ),
     (
         RolledBack(time_s=0, from_version=3, to_version=2, by="guard", barred_digest="b" * 64, reason="slow"),
-        "rolled back   version 3 to 2, weights bbbbbbbbbbbb barred, by the guard: slow",
+        "rolled back    version 3 to 2, weights bbbbbbbbbbbb barred, by the guard: slow",
     ),
     (
         RolledBack(time_s=0, from_version=3, to_version=2, by="serve", barred_digest=None),
-        "rolled back   version 3 to 2, by `serve` at its start",
+        "rolled back    version 3 to 2, by `serve` at its start",
     ),
-    (SwapFailed(time_s=0, version=3, reason="shape"), "swap failed   version 3: shape"),
-    (ServerStarted(time_s=0, version=3), "started       on version 3"),
-    (Pinned(time_s=0, version=3), "pinned        version 3, by the operator"),
-    (Unpinned(time_s=0, version=3, reason="done"), "unpinned      version 3, by the operator: done"),
-    (Paused(time_s=0, reason="release day"), "paused        the gate, by the operator: release day"),
-    (Resumed(time_s=0), "resumed       the gate, by the operator"),
+    (SwapFailed(time_s=0, version=3, reason="shape"), "swap failed    version 3: shape"),
+    (ServerStarted(time_s=0, version=3), "started        on version 3"),
+    (
+        TargetChanged(time_s=0, from_digest="a" * 64, to_digest="b" * 64),
+        "target changed aaaaaaaaaaaa to bbbbbbbbbbbb; what was shown before counts no more",
+    ),
+    (Pinned(time_s=0, version=3), "pinned         version 3, by the operator"),
+    (Unpinned(time_s=0, version=3, reason="done"), "unpinned       version 3, by the operator: done"),
+    (Paused(time_s=0, reason="release day"), "paused         the gate, by the operator: release day"),
+    (Resumed(time_s=0), "resumed        the gate, by the operator"),
 ]
 
 

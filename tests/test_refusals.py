@@ -25,7 +25,8 @@ from onlinespec.paths import RunPaths
 from onlinespec.plugin.sites import installed_sglang
 from onlinespec.provision import provision_draft
 from onlinespec.serve import Plan, plan
-from onlinespec.versions.journal import Journal, ServerStarted
+from onlinespec.versions.journal import Journal, ServerStarted, TargetChanged
+from onlinespec.versions.state import state_of
 from tests.draft.tiny import build_draft, write_target
 
 TIMEOUT_S = 120.0
@@ -219,6 +220,18 @@ def test_a_run_directory_resumes_on_its_incumbent_and_says_that_the_draft_is_not
     assert again.launch.version == 1
     assert len(list(again.paths.versions.glob("0*"))) == 1
     assert any("resuming draft version 1" in notice for notice in again.notices)
+
+
+def test_a_target_that_changed_in_service_and_starts_from_its_first_files_changes_back(ask):
+    first = ask(draft="init")
+    journal, digest = Journal(first.paths), first.launch.target_digest
+    journal.append(ServerStarted(time_s=1.0, version=1))
+    journal.append(TargetChanged(time_s=2.0, from_digest=digest, to_digest="bbbb"))
+
+    again = ask(draft="init")
+
+    assert again.launch.version == 1
+    assert state_of(journal.read()).target_digest == digest
 
 
 def test_settings_without_an_accept_walk_are_planned_without_capture_and_said(ask):

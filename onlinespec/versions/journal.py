@@ -96,6 +96,13 @@ class ServerStarted(Event, frozen=True, kw_only=True, tag="server_started"):
     version: int
 
 
+class TargetChanged(Event, frozen=True, kw_only=True, tag="target_changed"):
+    """The server's target has other weights: what was shown of any draft was shown of another target."""
+
+    from_digest: str
+    to_digest: str
+
+
 class Order(Event, frozen=True, kw_only=True):
     """What holds from now on, until it is taken back."""
 
@@ -132,6 +139,7 @@ AnyEvent = (
     | RolledBack
     | SwapFailed
     | ServerStarted
+    | TargetChanged
     | Pinned
     | Unpinned
     | Paused

@@ -18,6 +18,7 @@ from onlinespec.versions.journal import (
     Resumed,
     RolledBack,
     ServerStarted,
+    TargetChanged,
     Unpinned,
 )
 
@@ -36,15 +37,17 @@ class JournalState(msgspec.Struct, frozen=True, kw_only=True):
     barred: frozenset[str] = frozenset()
     """digests of weights that were rolled back"""
     num_promotions: int = 0
-    """promotions the gate decided: what its error budget counts"""
+    """promotions the gate decided for this target: what its error budget counts"""
     num_candidates: int = 0
-    """races begun, those a crash cut short included"""
+    """races begun for this target, those a crash cut short included"""
     promoted: tuple[int, ...] = ()
     """versions the gate ever promoted, in that order, each once"""
     digests: dict[int, str] = {}
     """digest of every version ever published"""
     parents: dict[int, int] = {}
     """version the training went on from, of every version that has one"""
+    target_digest: str | None = None
+    """of the target the server changed to last; None where it never changed: it is the one it started with"""
 
     @property
     def hold(self) -> str | None:
@@ -76,6 +79,7 @@ class _Fold:
     racing: str | None = None
     pinned: int | None = None
     is_paused: bool = False
+    target_digest: str | None = None
 
     def take(self, event: AnyEvent) -> None:
         match event:
@@ -95,6 +99,8 @@ class _Fold:
                 self._roll_back(event)
             case ServerStarted():
                 self._serve(event.version)
+            case TargetChanged():
+                self._change_target(event.to_digest)
             case Pinned():
                 self.pinned = event.version
             case Unpinned():
@@ -129,6 +135,13 @@ class _Fold:
         if event.by == "operator":
             self.barred.discard(self.digests.get(event.to_version, ""))
 
+    def _change_target(self, digest: str) -> None:
+        """The version in service stays, to be measured anew; what came before it was for another target."""
+        self.target_digest = digest
+        self.served = self.served[-1:]
+        self.num_promotions = self.num_candidates = 0
+        self.racing = None
+
 
 def state_of(events: Iterable[AnyEvent]) -> JournalState:
     """Fold events, oldest first, into the state they leave."""
@@ -147,6 +160,7 @@ def state_of(events: Iterable[AnyEvent]) -> JournalState:
         promoted=tuple(fold.promoted),
         digests=fold.digests,
         parents=fold.parents,
+        target_digest=fold.target_digest,
     )
 
 

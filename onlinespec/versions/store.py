@@ -149,13 +149,16 @@ class VersionStore:
     def incumbent_for(self, target_digest: str) -> Manifest | None:
         """The version a restarted server loads; None where the journal names none.
 
+        A version of another target is one all the same where the server changed to this target while it served.
+
         Raises: VersionError where that version was trained for another target, or is not in the store.
         """
-        incumbent = state_of(Journal(self._paths).read()).incumbent
+        state = state_of(Journal(self._paths).read())
+        incumbent = state.incumbent
         if incumbent is None:
             return None
         manifest = self.manifest(incumbent)
-        if manifest.target_digest != target_digest:
+        if target_digest not in (manifest.target_digest, state.target_digest):
             raise VersionError(
                 f"{self._paths.root}: version {incumbent} was trained for target {manifest.target_digest}, "
                 f"the server has target {target_digest}; start with a new run directory"

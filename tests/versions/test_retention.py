@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from onlinespec.config import VersionsConfig
 from onlinespec.versions.retention import choose, milestones
 
+QUICK = settings(deadline=None, derandomize=True, database=None)
 NUMBERS = st.integers(1, 60)
 SIZES = st.dictionaries(NUMBERS, st.integers(0, 1000))
 PROMOTED = st.lists(NUMBERS, unique=True)
@@ -21,7 +22,7 @@ CONFIGS = st.builds(
 )
 
 
-@settings(deadline=None)
+@QUICK
 @given(SIZES, PROMOTED, PROTECTED, FREE, CONFIGS)
 def test_nothing_protected_or_absent_is_deleted_and_nothing_twice(sizes, promoted, protected, free_bytes, config):
     deletion = choose(sizes, promoted, protected, free_bytes, config)
@@ -31,7 +32,7 @@ def test_nothing_protected_or_absent_is_deleted_and_nothing_twice(sizes, promote
     assert deletion.freed_bytes == sum(sizes[version] for version in deletion.versions)
 
 
-@settings(deadline=None)
+@QUICK
 @given(SIZES, PROMOTED, PROTECTED, FREE, CONFIGS)
 def test_the_newest_and_milestones_go_only_for_want_of_room(sizes, promoted, protected, free_bytes, config):
     deletion = choose(sizes, promoted, protected, free_bytes, config)
@@ -42,7 +43,7 @@ def test_the_newest_and_milestones_go_only_for_want_of_room(sizes, promoted, pro
         assert deletion.for_room == ()
 
 
-@settings(deadline=None)
+@QUICK
 @given(SIZES, PROMOTED, PROTECTED, FREE, CONFIGS)
 def test_afterwards_there_is_room_or_nothing_left_to_delete(sizes, promoted, protected, free_bytes, config):
     deletion = choose(sizes, promoted, protected, free_bytes, config)
@@ -52,7 +53,7 @@ def test_afterwards_there_is_room_or_nothing_left_to_delete(sizes, promoted, pro
     assert (deletion.notice is None) == (has_room and not deletion.for_room)
 
 
-@settings(deadline=None)
+@QUICK
 @given(SIZES, PROMOTED, PROTECTED, FREE, CONFIGS)
 def test_for_room_the_oldest_go_first_and_no_more_than_needed(sizes, promoted, protected, free_bytes, config):
     deletion = choose(sizes, promoted, protected, free_bytes, config)
@@ -64,7 +65,7 @@ def test_for_room_the_oldest_go_first_and_no_more_than_needed(sizes, promoted, p
         assert free_bytes + freed_before < config.min_free_bytes
 
 
-@settings(deadline=None)
+@QUICK
 @given(PROMOTED, CONFIGS)
 def test_a_milestone_is_each_so_many_th_promotion_and_the_newest_of_them_count(promoted, config):
     every = [version for count, version in enumerate(promoted, start=1) if count % config.milestone_every == 0]

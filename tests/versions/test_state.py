@@ -5,13 +5,16 @@ import pytest
 from onlinespec.errors import VersionError
 from onlinespec.versions.journal import (
     AnyEvent,
+    Judged,
     Paused,
     Pinned,
     Promoted,
     Published,
+    RaceStarted,
     Resumed,
     RolledBack,
     ServerStarted,
+    TargetChanged,
     Unpinned,
     Withheld,
 )
@@ -114,6 +117,44 @@ def test_a_pin_lets_nothing_else_into_service(to_version, is_refused):
             check_pin(state, to_version)
     else:
         assert check_pin(state, to_version) is None
+
+
+CHANGED = TargetChanged(time_s=5.0, from_digest="a", to_digest="b")
+RACE = RaceStarted(time_s=4.0, candidate_digest="x", alpha=0.01)
+JUDGED = Judged(time_s=6.0, candidate_digest="x", verdict={})
+
+
+@pytest.mark.parametrize(
+    ("events", "incumbent", "previous", "num_promotions", "num_candidates"),
+    [
+        ([RACE], 3, 2, 2, 1),
+        ([RACE, CHANGED], 3, None, 0, 0),
+        ([RACE, CHANGED, JUDGED], 3, None, 0, 1),
+        ([CHANGED, RACE, promoted(4, 3)], 4, 3, 1, 1),
+        ([CHANGED, promoted(4, 3), rolled_back(4, 3)], 3, None, 1, 0),
+    ],
+)
+def test_a_changed_target_keeps_the_incumbent_and_voids_what_was_before(
+    events, incumbent, previous, num_promotions, num_candidates
+):
+    state = state_of([*LIFE, *events])
+
+    assert (state.incumbent, state.previous) == (incumbent, previous)
+    assert (state.num_promotions, state.num_candidates) == (num_promotions, num_candidates)
+
+
+def test_a_changed_target_is_known_and_keeps_the_orders_the_bars_and_the_digests():
+    events = [*LIFE, rolled_back(3, 2), Pinned(time_s=4.0, version=2), PAUSE, CHANGED]
+
+    before, state = state_of(events[:-1]), state_of(events)
+
+    assert (before.target_digest, state.target_digest) == (None, "b")
+    assert (state.pinned, state.is_paused, state.barred) == (2, True, {"d3"})
+    assert (state.digests, state.parents) == (before.digests, before.parents)
+
+
+def test_a_target_that_changed_before_any_server_came_up_leaves_nothing_in_service():
+    assert state_of([published(1), CHANGED]).incumbent is None
 
 
 def test_the_event_of_a_rollback_carries_the_reason():

@@ -13,7 +13,7 @@ import pytest
 from onlinespec.config import VersionsConfig
 from onlinespec.errors import VersionError
 from onlinespec.paths import RunPaths
-from onlinespec.versions.journal import Journal, Promoted, ServerStarted
+from onlinespec.versions.journal import Journal, Promoted, ServerStarted, TargetChanged
 from onlinespec.versions.manifest import Provenance
 from onlinespec.versions.state import JournalState
 from onlinespec.versions.store import VersionStore
@@ -302,6 +302,17 @@ def test_an_incumbent_of_another_target_is_refused_with_both_digests_and_the_way
 
     with pytest.raises(VersionError, match=r"old-target.*new-target.*new run directory"):
         store.incumbent_for("new-target")
+
+
+def test_an_incumbent_that_served_when_the_target_changed_is_one_of_the_new_target_too(paths):
+    store, journal = VersionStore(paths), Journal(paths)
+    publish(store, target_digest="old")
+    journal.append(ServerStarted(time_s=1.0, version=1))
+    journal.append(TargetChanged(time_s=2.0, from_digest="old", to_digest="new"))
+
+    assert store.incumbent_for("new").version == store.incumbent_for("old").version == 1
+    with pytest.raises(VersionError, match="trained for target old"):
+        store.incumbent_for("other")
 
 
 def test_an_incumbent_that_is_gone_is_an_error(paths):
