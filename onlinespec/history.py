@@ -11,6 +11,9 @@ from onlinespec.launch import read_launch
 from onlinespec.paths import RunPaths
 from onlinespec.versions.journal import (
     AnyEvent,
+    CanaryEnded,
+    DepthChanged,
+    GuardTripped,
     Journal,
     Judged,
     Paused,
@@ -68,6 +71,15 @@ def _told(event: AnyEvent) -> tuple[str, str]:
             return "swap failed", f"version {event.version}{_because(event.reason)}"
         case ServerStarted():
             return "started", f"on version {event.version}"
+        case CanaryEnded():
+            return "canary", f"version {event.version}: {'; '.join([event.decision, *_shown(event.evidence)])}"
+        case GuardTripped():
+            return (
+                "guard",
+                f"version {event.version}: {'; '.join([f'harm ({event.detector})', *_shown(event.evidence)])}",
+            )
+        case DepthChanged():
+            return "depth", f"{event.num_steps} draft steps, by the {event.by}{_because(event.reason)}"
         case TargetChanged():
             digests = f"{event.from_digest[:_SHOWN]} to {event.to_digest[:_SHOWN]}"
             return "target changed", f"{digests}; what was shown before counts no more"
@@ -104,6 +116,20 @@ def _evidence(found: dict[str, Any]) -> Iterator[str]:
         yield f"e-value {found['e_value']:.3g}{wanted}"
     if "accept_length_candidate" in found and "accept_length_incumbent" in found:
         yield f"accept length {found['accept_length_incumbent']:.2f} -> {found['accept_length_candidate']:.2f}"
+    if found.get("reason"):
+        yield str(found["reason"])
+
+
+def _shown(found: dict[str, Any]) -> Iterator[str]:
+    """The evidence of a live test that a person wants at once; the rest is in the JSON."""
+    if "mean_difference_tokens" in found:
+        yield f"difference {found['mean_difference_tokens']:+.3f} tokens over {found.get('num_pairs')} pairs"
+    if "step_cost_ratio" in found:
+        yield f"step cost x {found['step_cost_ratio']:.3f}"
+    if "mean_tokens" in found:
+        yield f"difference {found['mean_tokens']:+.3f} tokens over {found.get('num_requests')} requests"
+    if "evidence" in found and "threshold" in found:
+        yield f"evidence {found['evidence']:.3g} of {found['threshold']:.3g} wanted"
     if found.get("reason"):
         yield str(found["reason"])
 

@@ -21,6 +21,9 @@ from onlinespec.paths import RunPaths
 from onlinespec.promote import Promoter
 from onlinespec.versions.journal import (
     AnyEvent,
+    CanaryEnded,
+    DepthChanged,
+    GuardTripped,
     Journal,
     Judged,
     Paused,
@@ -464,6 +467,41 @@ TOLD: list[tuple[AnyEvent, str]] = [
     ),
     (SwapFailed(time_s=0, version=3, reason="shape"), "swap failed    version 3: shape"),
     (ServerStarted(time_s=0, version=3), "started        on version 3"),
+    (
+        CanaryEnded(
+            time_s=0,
+            version=4,
+            decision="harm",
+            evidence={
+                "mean_difference_tokens": -0.31,
+                "num_pairs": 12,
+                "step_cost_ratio": 1.0234,
+                "reason": "worse live",
+            },
+        ),
+        "canary         version 4: harm; difference -0.310 tokens over 12 pairs; step cost x 1.023; worse live",
+    ),
+    (CanaryEnded(time_s=0, version=4, decision="pass", evidence={}), "canary         version 4: pass"),
+    (
+        GuardTripped(
+            time_s=0,
+            version=3,
+            detector="quality",
+            evidence={
+                "mean_tokens": -0.2,
+                "num_requests": 40,
+                "evidence": 1234.0,
+                "threshold": 1000.0,
+                "reason": "below its parent",
+            },
+        ),
+        "guard          version 3: harm (quality); difference -0.200 tokens over 40 requests;"
+        " evidence 1.23e+03 of 1e+03 wanted; below its parent",
+    ),
+    (
+        DepthChanged(time_s=0, num_steps=0, by="floor", reason="a step costs more than it brings"),
+        "depth          0 draft steps, by the floor: a step costs more than it brings",
+    ),
     (
         TargetChanged(time_s=0, from_digest="a" * 64, to_digest="b" * 64),
         "target changed aaaaaaaaaaaa to bbbbbbbbbbbb; what was shown before counts no more",

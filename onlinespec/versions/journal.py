@@ -96,6 +96,36 @@ class ServerStarted(Event, frozen=True, kw_only=True, tag="server_started"):
     version: int
 
 
+class CanaryEnded(Event, frozen=True, kw_only=True, tag="canary_ended"):
+    """A candidate's switchback on live traffic ended; the incumbent is in service."""
+
+    version: int
+    """of the candidate"""
+    decision: str
+    """gate.canary.Outcome"""
+    evidence: dict[str, Any]
+    """its numbers; `reason` among them"""
+
+
+class GuardTripped(Event, frozen=True, kw_only=True, tag="guard_tripped"):
+    """The guard found harm in the version in service; a `RolledBack` by the guard says what became of it."""
+
+    version: int
+    detector: str
+    """gate.guard.DetectorName"""
+    evidence: dict[str, Any]
+    """its numbers; `reason` among them"""
+
+
+class DepthChanged(Event, frozen=True, kw_only=True, tag="depth_changed"):
+    """The server drafts so many steps from now on, until it ends."""
+
+    num_steps: int
+    """0: no speculation"""
+    by: Literal["floor", "guard", "operator"]
+    reason: str = ""
+
+
 class TargetChanged(Event, frozen=True, kw_only=True, tag="target_changed"):
     """The server's target has other weights: what was shown of any draft was shown of another target."""
 
@@ -139,6 +169,9 @@ AnyEvent = (
     | RolledBack
     | SwapFailed
     | ServerStarted
+    | CanaryEnded
+    | GuardTripped
+    | DepthChanged
     | TargetChanged
     | Pinned
     | Unpinned

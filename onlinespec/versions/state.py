@@ -9,6 +9,7 @@ from onlinespec.errors import VersionError
 from onlinespec.versions.journal import (
     AnyEvent,
     By,
+    DepthChanged,
     Judged,
     Paused,
     Pinned,
@@ -48,6 +49,8 @@ class JournalState(msgspec.Struct, frozen=True, kw_only=True):
     """version the training went on from, of every version that has one"""
     target_digest: str | None = None
     """of the target the server changed to last; None where it never changed: it is the one it started with"""
+    num_steps: int | None = None
+    """draft steps set since the server started; None where it drafts as it was started"""
 
     @property
     def hold(self) -> str | None:
@@ -80,6 +83,7 @@ class _Fold:
     pinned: int | None = None
     is_paused: bool = False
     target_digest: str | None = None
+    num_steps: int | None = None
 
     def take(self, event: AnyEvent) -> None:
         match event:
@@ -99,6 +103,9 @@ class _Fold:
                 self._roll_back(event)
             case ServerStarted():
                 self._serve(event.version)
+                self.num_steps = None
+            case DepthChanged():
+                self.num_steps = event.num_steps
             case TargetChanged():
                 self._change_target(event.to_digest)
             case Pinned():
@@ -161,6 +168,7 @@ def state_of(events: Iterable[AnyEvent]) -> JournalState:
         digests=fold.digests,
         parents=fold.parents,
         target_digest=fold.target_digest,
+        num_steps=fold.num_steps,
     )
 
 

@@ -10,6 +10,9 @@ import pytest
 from onlinespec.errors import VersionError
 from onlinespec.paths import RunPaths
 from onlinespec.versions.journal import (
+    CanaryEnded,
+    DepthChanged,
+    GuardTripped,
     Journal,
     Judged,
     Paused,
@@ -21,6 +24,7 @@ from onlinespec.versions.journal import (
     RolledBack,
     ServerStarted,
     SwapFailed,
+    TargetChanged,
     Unpinned,
     Withheld,
 )
@@ -69,6 +73,10 @@ def test_events_come_back_as_they_were_written(paths):
         Unpinned(time_s=9.0, version=1),
         Paused(time_s=10.0),
         Resumed(time_s=11.0, reason="done"),
+        CanaryEnded(time_s=12.0, version=3, decision="pass", evidence={"num_pairs": 12}),
+        GuardTripped(time_s=13.0, version=3, detector="quality", evidence={"mean_tokens": -0.5}),
+        DepthChanged(time_s=14.0, num_steps=0, by="floor", reason="dear"),
+        TargetChanged(time_s=15.0, from_digest="a", to_digest="b"),
     )
     journal = Journal(paths)
 

@@ -5,6 +5,9 @@ import pytest
 from onlinespec.errors import VersionError
 from onlinespec.versions.journal import (
     AnyEvent,
+    CanaryEnded,
+    DepthChanged,
+    GuardTripped,
     Judged,
     Paused,
     Pinned,
@@ -159,3 +162,30 @@ def test_a_target_that_changed_before_any_server_came_up_leaves_nothing_in_servi
 
 def test_the_event_of_a_rollback_carries_the_reason():
     assert rollback_from(state_of(LIFE), None, "operator", 9.0, "slow").reason == "slow"
+
+
+def depth(num_steps: int) -> DepthChanged:
+    return DepthChanged(time_s=4.0, num_steps=num_steps, by="floor")
+
+
+@pytest.mark.parametrize(
+    ("events", "num_steps"),
+    [
+        ([], None),
+        ([depth(0)], 0),
+        ([depth(0), depth(3)], 3),
+        ([depth(0), promoted(2, 3, "operator")], 0),
+        ([depth(0), ServerStarted(time_s=5.0, version=3)], None),
+    ],
+)
+def test_a_depth_holds_for_the_life_of_the_server(events, num_steps):
+    assert state_of([*LIFE, *events]).num_steps == num_steps
+
+
+def test_a_canary_and_a_guard_that_tripped_change_nothing_until_a_swap_is_written_down():
+    canary = CanaryEnded(time_s=4.0, version=4, decision="harm", evidence={})
+    guard = GuardTripped(time_s=4.0, version=3, detector="quality", evidence={})
+
+    assert state_of([*LIFE, canary, guard]) == state_of(LIFE)
+    after = state_of([*LIFE, guard, rolled_back(3, 2, "guard")])
+    assert (after.incumbent, after.barred) == (2, {"d3"})
