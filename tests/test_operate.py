@@ -364,9 +364,9 @@ def test_a_stopped_server_starts_with_the_version_an_operator_named(
     line = told(stopped, *words)
 
     assert line.startswith("version 1 goes into service when the server starts again; it was version 3")
-    manifest = VersionStore(stopped).incumbent_for(TARGET)
-    assert manifest is not None
-    assert manifest.version == 1
+    incumbent = VersionStore(stopped).incumbent_for(TARGET)
+    assert incumbent is not None
+    assert incumbent.manifest.version == 1
     assert (state_of(Journal(stopped).read()).pinned == 1) == is_pinned
     assert "already; nothing was changed" in told(stopped, *words)
 

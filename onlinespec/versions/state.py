@@ -66,6 +66,16 @@ class JournalState(msgspec.Struct, frozen=True, kw_only=True):
         named = (self.incumbent, parent, self.previous, self.pinned)
         return frozenset(version for version in named if version is not None)
 
+    @property
+    def ancestors(self) -> tuple[int, ...]:
+        """What the incumbent was trained from, newest first, but for what is barred."""
+        line = []
+        version = self.incumbent
+        while version is not None and (version := self.parents.get(version)) is not None:
+            if self.digests.get(version) not in self.barred:
+                line.append(version)
+        return tuple(line)
+
 
 @dataclass
 class _Fold:
@@ -133,6 +143,8 @@ class _Fold:
 
     def _roll_back(self, event: RolledBack) -> None:
         """Forget what came after `to_version`; one that was never in service is entered on top."""
+        if event.by == "serve":
+            self.served = [version for version in self.served if version != event.from_version]
         if event.to_version in self.served:
             del self.served[len(self.served) - self.served[::-1].index(event.to_version) :]
         else:

@@ -10,12 +10,14 @@ Locks are flock(2): they die with their process. The store wants a local file sy
 """
 
 import fcntl
+import filecmp
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,17 @@ REMOVING = ".removing-"
 LOCK_FILE = ".lock"
 
 
+@dataclass(frozen=True)
+class Incumbent:
+    """The version a server starts with."""
+
+    manifest: Manifest
+    instead_of: int | None = None
+    """the version the journal names, where it is damaged; None where it is this one"""
+    damage: str = ""
+    """what was found of it"""
+
+
 class VersionStore:
     """The versions of one run directory. Opening it removes what a crash left behind."""
 
@@ -52,11 +65,13 @@ class VersionStore:
         provenance: Provenance,
         created_s: float,
         verdict: dict[str, Any] | None = None,
+        may_reuse: bool = False,
     ) -> Manifest:
         """Add the next version and return its manifest once it is durable.
 
         `write_files` gets an empty directory and writes model.safetensors and whatever goes with it. When it
-        raises, the store is as before.
+        raises, the store is as before. With `may_reuse` a version of the same bytes, target and provenance that is
+        there already is returned instead.
 
         Raises: VersionError where model.safetensors was not written, the parent is not in the store, or the
         disk refuses.
@@ -67,6 +82,8 @@ class VersionStore:
             write_files(directory)
             if not (directory / WEIGHTS_FILE).is_file():
                 raise VersionError(f"{directory}: no {WEIGHTS_FILE} was written; a version needs one")
+            if may_reuse and (same := self._same(directory, target_digest, provenance)):
+                return same
             digest = file_digest(directory / WEIGHTS_FILE)
             # Once here, where it is slow and holds nobody up; once more below, for the manifest.
             sync_tree(directory)
@@ -146,24 +163,57 @@ class VersionStore:
                 shutil.rmtree(path)
         return deletion
 
-    def incumbent_for(self, target_digest: str) -> Manifest | None:
-        """The version a restarted server loads; None where the journal names none.
+    def incumbent_for(self, target_digest: str) -> Incumbent | None:
+        """The version a restarted server loads, its weights verified; None where the journal names none.
 
         A version of another target is one all the same where the server changed to this target while it served.
+        One that is damaged gives way to its newest undamaged ancestor of this target, but not where it is pinned.
 
-        Raises: VersionError where that version was trained for another target, or is not in the store.
+        Raises: VersionError where it was trained for another target, and where no undamaged version is left.
         """
         state = state_of(Journal(self._paths).read())
         incumbent = state.incumbent
         if incumbent is None:
             return None
-        manifest = self.manifest(incumbent)
+        try:
+            manifest = self.verify(incumbent)
+        except VersionError as error:
+            return self._ancestor(state, target_digest, str(error))
         if target_digest not in (manifest.target_digest, state.target_digest):
             raise VersionError(
                 f"{self._paths.root}: version {incumbent} was trained for target {manifest.target_digest}, "
                 f"the server has target {target_digest}; start with a new run directory"
             )
-        return manifest
+        return Incumbent(manifest)
+
+    def _ancestor(self, state: JournalState, target_digest: str, damage: str) -> Incumbent:
+        """The newest undamaged one of this target."""
+        if state.pinned == state.incumbent:
+            raise VersionError(
+                f"version {state.pinned} is pinned and cannot be served: {damage}; restore it, or run"
+                " `onlinespec unpin`, and start again"
+            )
+        for number in state.ancestors:
+            with suppress(VersionError):
+                manifest = self.verify(number)
+                if manifest.target_digest == target_digest:
+                    return Incumbent(manifest, state.incumbent, damage)
+        raise VersionError(
+            f"{damage}, and no version it was trained from is left undamaged for this target; restore it, name another"
+            " with `onlinespec promote N` and start again, or start with a new run directory"
+        )
+
+    def _same(self, directory: Path, target_digest: str, provenance: Provenance) -> Manifest | None:
+        """The newest version that holds what `directory` holds; None where there is none."""
+        names = sorted(path.name for path in directory.iterdir())
+        for number in reversed(self.numbers()):
+            folder = self._paths.version(number)
+            with suppress(VersionError):
+                manifest = self.manifest(number)
+                is_same = (manifest.target_digest, manifest.provenance) == (target_digest, provenance)
+                if is_same and filecmp.cmpfiles(directory, folder, names, shallow=False)[0] == names:
+                    return manifest
+        return None
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -100,6 +100,35 @@ def test_the_incumbent_its_parent_what_a_rollback_returns_to_and_the_pin_are_pro
     assert state_of([*LIFE, *events]).protected == protected
 
 
+@pytest.mark.parametrize(
+    ("events", "ancestors"),
+    [
+        ([], (2, 1)),
+        ([rolled_back(3, 2), promoted(3, 2, "gate")], (2, 1)),
+        ([rolled_back(2, 1), promoted(3, 1, "operator")], (1,)),
+        ([promoted(1, 3, "operator")], ()),
+        ([published(4, 2), promoted(4, 3, "operator")], (2, 1)),
+    ],
+)
+def test_the_ancestors_are_what_the_incumbent_was_trained_from_but_for_the_barred(events, ancestors):
+    assert state_of([*LIFE, *events]).ancestors == ancestors
+
+
+def test_a_server_that_started_on_an_ancestor_leaves_the_damaged_version_out_of_what_a_rollback_returns_to():
+    fallen = RolledBack(time_s=3.0, from_version=4, to_version=3, by="serve", barred_digest=None, reason="damaged")
+    events = [
+        *LIFE,
+        published(4, 3),
+        promoted(4, 1, "operator"),
+        promoted(1, 4, "operator"),
+        promoted(4, 1, "operator"),
+    ]
+
+    state = state_of([*events, fallen])
+
+    assert (state.incumbent, state.previous, state.barred) == (3, 2, frozenset())
+
+
 def test_a_run_that_served_nothing_protects_nothing():
     assert state_of([published(1)]).protected == frozenset()
 

@@ -13,10 +13,10 @@ import pytest
 from onlinespec.config import VersionsConfig
 from onlinespec.errors import VersionError
 from onlinespec.paths import RunPaths
-from onlinespec.versions.journal import Journal, Promoted, ServerStarted, TargetChanged
+from onlinespec.versions.journal import Journal, Pinned, Promoted, Published, RolledBack, ServerStarted, TargetChanged
 from onlinespec.versions.manifest import Provenance
 from onlinespec.versions.state import JournalState
-from onlinespec.versions.store import VersionStore
+from onlinespec.versions.store import Incumbent, VersionStore
 
 PROVENANCE = Provenance(optimizer_steps=30, answer_tokens=4000, seed=0, tenants=("a", "b"))
 
@@ -74,10 +74,10 @@ def paths(tmp_path):
     return RunPaths(tmp_path / "run")
 
 
-def publish(store, weights=b"weights", parent=None, target_digest="target", verdict=None):
+def publish(store, weights=b"weights", parent=None, target_digest="target", config="{}", **others):
     def write_files(directory):
         (directory / "model.safetensors").write_bytes(weights)
-        (directory / "config.json").write_text("{}")
+        (directory / "config.json").write_text(config)
 
     return store.publish(
         write_files,
@@ -85,7 +85,7 @@ def publish(store, weights=b"weights", parent=None, target_digest="target", verd
         target_digest=target_digest,
         provenance=PROVENANCE,
         created_s=12.5,
-        verdict=verdict,
+        **others,
     )
 
 
@@ -292,7 +292,7 @@ def test_a_restart_resumes_from_the_journals_incumbent(paths):
     journal.append(ServerStarted(time_s=1.0, version=1))
     journal.append(Promoted(time_s=2.0, version=2, from_version=1, by="gate"))
 
-    assert store.incumbent_for("target").version == 2
+    assert store.incumbent_for("target") == Incumbent(store.manifest(2))
 
 
 def test_an_incumbent_of_another_target_is_refused_with_both_digests_and_the_way_out(paths):
@@ -310,9 +310,104 @@ def test_an_incumbent_that_served_when_the_target_changed_is_one_of_the_new_targ
     journal.append(ServerStarted(time_s=1.0, version=1))
     journal.append(TargetChanged(time_s=2.0, from_digest="old", to_digest="new"))
 
-    assert store.incumbent_for("new").version == store.incumbent_for("old").version == 1
+    assert store.incumbent_for("new") == store.incumbent_for("old") == Incumbent(store.manifest(1))
     with pytest.raises(VersionError, match="trained for target old"):
         store.incumbent_for("other")
+
+
+@pytest.fixture
+def lineage(paths):
+    """A store whose version 3 was trained from 2, 2 from 1; 3 is in service."""
+    paths.create()
+    store, journal = VersionStore(paths), Journal(paths)
+    journal.append(ServerStarted(time_s=1.0, version=1))
+    for version in (1, 2, 3):
+        parent = version - 1 or None
+        digest = publish(store, f"weights {version}".encode(), parent=parent).digest
+        journal.append(Published(time_s=1.0, version=version, digest=digest, parent=parent))
+        journal.append(Promoted(time_s=2.0, version=version, from_version=parent, by="gate"))
+    return store
+
+
+def damage(paths, version):
+    (paths.version(version) / "model.safetensors").write_bytes(b"x")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "found"),
+    [
+        (lambda path: (path / "model.safetensors").write_bytes(b"x"), "the file is damaged"),
+        (lambda path: (path / "manifest.json").unlink(), "cannot be read"),
+        (lambda path: path.rename(path.with_name("gone")), "version 3 is not in"),
+    ],
+)
+def test_a_damaged_incumbent_gives_way_to_its_newest_undamaged_ancestor(paths, lineage, spoil, found):
+    spoil(paths.version(3))
+
+    incumbent = lineage.incumbent_for("target")
+
+    assert (incumbent.manifest.version, incumbent.instead_of) == (2, 3)
+    assert found in incumbent.damage
+
+    damage(paths, 2)
+    assert lineage.incumbent_for("target").manifest.version == 1
+
+
+def test_an_ancestor_of_another_target_or_under_a_bar_is_passed_over(paths):
+    store, journal = VersionStore(paths), Journal(paths)
+    digests = [publish(store, b"1").digest]
+    digests += [
+        publish(store, text, parent=number, target_digest=target).digest
+        for number, (text, target) in enumerate([(b"2", "target"), (b"3", "other"), (b"4", "target")], start=1)
+    ]
+    for version, digest in enumerate(digests, start=1):
+        journal.append(Published(time_s=1.0, version=version, digest=digest, parent=version - 1 or None))
+    journal.append(ServerStarted(time_s=2.0, version=4))
+    damage(paths, 4)
+
+    assert store.incumbent_for("target").manifest.version == 2
+    rolled_back = RolledBack(time_s=3.0, from_version=2, to_version=4, by="guard", barred_digest=digests[1])
+    journal.append(rolled_back)
+
+    assert store.incumbent_for("target").manifest.version == 1
+
+
+def test_where_nothing_undamaged_is_left_the_error_names_every_way_out(paths, lineage):
+    for version in (1, 2, 3):
+        damage(paths, version)
+
+    with pytest.raises(VersionError, match=r"000003.*damaged.*restore it.*`onlinespec promote N`.*new run directory"):
+        lineage.incumbent_for("target")
+
+
+def test_a_damaged_pin_is_an_error_that_names_unpin(paths, lineage):
+    Journal(paths).append(Pinned(time_s=3.0, version=3))
+    damage(paths, 3)
+
+    with pytest.raises(VersionError, match=r"version 3 is pinned .*damaged.*`onlinespec unpin`"):
+        lineage.incumbent_for("target")
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_reused"),
+    [({}, True), ({"target_digest": "other"}, False), ({"weights": b"others"}, False), ({"config": "{ }"}, False)],
+)
+def test_the_same_bytes_for_the_same_target_may_be_reused(paths, changes, is_reused):
+    store = VersionStore(paths)
+    first = publish(store)
+
+    second = publish(store, may_reuse=True, **changes)
+
+    assert (second == first) == is_reused
+    assert store.numbers() == ((1,) if is_reused else (1, 2))
+
+
+def test_a_damaged_version_is_not_reused(paths):
+    store = VersionStore(paths)
+    publish(store)
+    damage(paths, 1)
+
+    assert publish(store, may_reuse=True).version == 2
 
 
 def test_an_incumbent_that_is_gone_is_an_error(paths):
