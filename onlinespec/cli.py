@@ -24,6 +24,10 @@ app.add_typer(config_app, name="config")
 RunDir = Annotated[Path, typer.Option("--run-dir", help="Run directory of the server.")]
 ConfigFiles = Annotated[list[Path] | None, typer.Option("--config", help="YAML file; may be given several times.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.field=value; may be given several times.")]
+Version = Annotated[int, typer.Argument(help="Number of a version in the store, as `history` shows it.")]
+Reason = Annotated[
+    str, typer.Option(help="Kept in the journal beside the order.", callback=lambda text: " ".join(text.split()))
+]
 DEFAULT_RUN_DIR = Path("runs/default")
 
 
@@ -49,31 +53,89 @@ def serve(
 
 @app.command()
 def status(run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
-    """Show the draft in service, the tap's counters, the trainer and the race under way."""
-    from onlinespec.operate import status_lines
+    """Show the draft in service, what the gate is held to, the tap's counters, the trainer and the race under way."""
+    from onlinespec import operate
 
-    for line in status_lines(run_dir):
+    for line in operate.status_lines(run_dir):
         typer.echo(line)
 
 
 @app.command()
-def history(run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
-    """Show every publish, verdict, promotion and rollback of a run directory, oldest first."""
-    from onlinespec.operate import history_lines
+def history(
+    run_dir: RunDir = DEFAULT_RUN_DIR,
+    as_json: Annotated[bool, typer.Option("--json", help="The journal's events as JSON lines.")] = False,
+) -> None:
+    """Show every publish, verdict with its evidence, swap and order of a run directory, who did it and why."""
+    from onlinespec.history import history_json, history_lines
 
-    for line in history_lines(run_dir):
+    for line in history_json(run_dir) if as_json else history_lines(run_dir):
         typer.echo(line)
+
+
+@app.command()
+def promote(version: Version, reason: Reason = "", run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
+    """Put VERSION in service, whatever the gate says of it. Again: says so and changes nothing.
+
+    Works with the sidecar dead. A stopped server starts with it the next time.
+    """
+    from onlinespec import operate
+
+    typer.echo(operate.promote(run_dir, version, reason))
 
 
 @app.command()
 def rollback(
     to: Annotated[int | None, typer.Option(help="Version to serve; the one before the incumbent if left out.")] = None,
+    reason: Reason = "",
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
-    """Put an earlier draft back in service. Works with the sidecar dead."""
-    from onlinespec.operate import roll_back
+    """Put an earlier draft back in service; the gate never promotes the one that is left again.
 
-    typer.echo(roll_back(run_dir, to))
+    Without --to each call goes back one further, and ends in an error where nothing was in service before. With
+    --to N a second call says that N is in service and changes nothing. Works with the sidecar dead. A stopped
+    server starts with it the next time.
+    """
+    from onlinespec import operate
+
+    typer.echo(operate.roll_back(run_dir, to, reason))
+
+
+@app.command()
+def pin(version: Version, reason: Reason = "", run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
+    """Keep VERSION in service, putting it there first, until `unpin`: the gate judges on and promotes nothing.
+
+    A pinned version is never deleted. Again: says so and changes nothing. Works with the sidecar dead.
+    """
+    from onlinespec import operate
+
+    typer.echo(operate.pin(run_dir, version, reason))
+
+
+@app.command()
+def unpin(reason: Reason = "", run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
+    """Let other versions into service again. Without a pin: says so and changes nothing."""
+    from onlinespec import operate
+
+    typer.echo(operate.unpin(run_dir, reason))
+
+
+@app.command()
+def pause(reason: Reason = "", run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
+    """Have the gate start no race and promote nothing until `resume`, over restarts too; training goes on.
+
+    Again: says so and changes nothing.
+    """
+    from onlinespec import operate
+
+    typer.echo(operate.pause(run_dir, reason))
+
+
+@app.command()
+def resume(reason: Reason = "", run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
+    """Have a paused gate work again. Where it is not paused: says so and changes nothing."""
+    from onlinespec import operate
+
+    typer.echo(operate.resume(run_dir, reason))
 
 
 @app.command()

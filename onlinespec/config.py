@@ -231,7 +231,13 @@ class VersionsConfig(Section, frozen=True):
     """How many drafts are kept on disk."""
 
     keep_last: Positive = 8
-    """newest versions kept; the incumbent and its parent are always kept"""
+    """newest versions kept; the incumbent, its parent, what a rollback returns to and a pin are always kept"""
+    milestone_every: Positive = 10
+    """each so many promoted versions one is a milestone, kept beside the newest"""
+    keep_milestones: NonNegative = 8
+    """newest milestones kept"""
+    min_free_bytes: NonNegative = 2**30
+    """free bytes on the disk below which even kept versions are deleted, the oldest first; 0 for never"""
 
 
 class RecordConfig(Section, frozen=True):

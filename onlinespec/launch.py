@@ -1,5 +1,9 @@
-"""What `serve` resolved before it started its processes, for the sidecar, the plugin and the commands to read."""
+"""One life of a server: what `serve` resolved before it started its processes, and the lock it holds while it lives."""
 
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -46,3 +50,26 @@ def read_launch(root: Path | str) -> Launch:
         raise StartError(f"{path} is missing; {root} is no run directory of `onlinespec serve`") from error
     except msgspec.MsgspecError as error:
         raise StartError(f"{path}: {error}; start the server again") from error
+
+
+@contextlib.contextmanager
+def holding(paths: RunPaths) -> Iterator[None]:
+    """Keep every other server out of a run directory meanwhile; the lock dies with the process.
+
+    Raises: StartError where another server lives in it.
+    """
+    descriptor = os.open(paths.serve_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(descriptor, 32).decode() or "unknown"
+            raise StartError(
+                f"{paths.root} is the run directory of a running server (process {holder});"
+                " give another --run-dir, or stop it"
+            ) from error
+        os.truncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
+        yield
+    finally:
+        os.close(descriptor)

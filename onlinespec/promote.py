@@ -29,16 +29,15 @@ from onlinespec.launch import Launch
 from onlinespec.paths import RunPaths
 from onlinespec.versions.journal import (
     Journal,
-    JournalState,
     Judged,
     Promoted,
     Published,
     RaceStarted,
     SwapFailed,
-    rollback_from,
-    state_of,
+    Withheld,
 )
 from onlinespec.versions.manifest import Provenance
+from onlinespec.versions.state import JournalState, rollback_from, state_of
 from onlinespec.versions.store import VersionStore
 from onlinespec.wire.messages import GetHello, Hello, Swap
 from onlinespec.wire.sockets import ControlClient
@@ -138,8 +137,10 @@ class Promoter:
         return self._incumbent.weights()
 
     def freeze(self, weights: dict[str, torch.Tensor], provenance: Provenance) -> None:
-        """Start a race for these weights; barred ones are passed over, all where the budget allows none now."""
+        """Start a race for these weights; barred ones are passed over, all where the gate is paused or the budget spent."""
         self.sync()
+        if self.state.is_paused:
+            return
         digest = digest_of_bytes(save(weights))
         incumbent_digest = self.state.digests[self.version]
         if barred_reason(digest, self.state.barred) or digest == incumbent_digest:
@@ -226,12 +227,17 @@ class Promoter:
 
     def _promote(self, candidate: Candidate, evidence: dict) -> None:
         state = state_of(self._journal.read())
-        if state.incumbent != self.version or barred_reason(candidate.digest, state.barred):
+        forbidden = state.hold or barred_reason(candidate.digest, state.barred)
+        if state.incumbent != self.version:
+            forbidden = f"version {state.incumbent} came into service meanwhile"
+        if forbidden:
+            self._journal.append(Withheld(time_s=time.time(), candidate_digest=candidate.digest, reason=forbidden))
             return
 
         def write(folder: Path) -> None:
             write_draft(folder, self.draft_config, candidate.weights)
 
+        self._retain(state)  # first: others may have filled the disk since the last promotion
         manifest = self._store.publish(
             write,
             parent=self.version,
@@ -241,7 +247,10 @@ class Promoter:
             verdict=evidence,
         )
         assert manifest.digest == candidate.digest, "what was judged is not what was written"
-        self._journal.append(Published(time_s=time.time(), version=manifest.version, digest=manifest.digest))
+        published = Published(
+            time_s=time.time(), version=manifest.version, digest=manifest.digest, parent=manifest.parent
+        )
+        self._journal.append(published)
         ack = self._control.acknowledged(
             Swap(manifest.version, str(self._paths.version(manifest.version)), manifest.digest)
         )
@@ -253,8 +262,8 @@ class Promoter:
         )
         self.version = manifest.version
         self._incumbent = candidate.draft
-        self._store.retain(self._config.versions.keep_last, {manifest.version, *self._protected()})
+        self._retain(state_of(self._journal.read()))
 
-    def _protected(self) -> set[int]:
-        state = state_of(self._journal.read())
-        return {version for version in (state.incumbent, state.previous) if version is not None}
+    def _retain(self, state: JournalState) -> None:
+        if notice := self._store.retain(self._config.versions, state).notice:
+            print(f"onlinespec sidecar: {notice}", flush=True)

@@ -17,9 +17,10 @@ from onlinespec.draft.start import is_fresh, read_start
 from onlinespec.draft.trainable import check_trainable
 from onlinespec.errors import StartError
 from onlinespec.paths import RunPaths
-from onlinespec.versions.journal import Journal, Published
+from onlinespec.versions.journal import Journal, Published, RolledBack, TargetChanged
 from onlinespec.versions.manifest import Provenance
-from onlinespec.versions.store import VersionStore
+from onlinespec.versions.state import state_of
+from onlinespec.versions.store import Incumbent, VersionStore
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,14 @@ def provision_draft(
     digest = target_digest(target)
     context = context_tokens or facts.max_position_embeddings
     store = VersionStore(paths)
-    manifest = store.incumbent_for(digest)
+    journal = Journal(paths)
+    incumbent = store.incumbent_for(digest)
+    if incumbent is not None:
+        version = incumbent.manifest.version
+        _check_trainable(read_draft_config(paths.version(version)), trainer)
+        _note_target(journal, digest)
+        return Provision(paths.version(version), version, digest, context, _resumed(journal, incumbent, draft))
     notices: tuple[str, ...] = ()
-    if manifest is not None:
-        store.verify(manifest.version)
-        _check_trainable(read_draft_config(paths.version(manifest.version)), trainer)
-        notices = (f"resuming draft version {manifest.version}, the last one in service; --draft {draft} is not read",)
-        return Provision(paths.version(manifest.version), manifest.version, digest, context, notices)
     config, weights = read_start(draft, target, trainer.seed, context)
     if is_fresh(draft):
         notices = (
@@ -89,9 +91,35 @@ def provision_draft(
             optimizer_steps=0, answer_tokens=0, seed=trainer.seed, tenants=(), is_fresh=is_fresh(draft)
         ),
         created_s=time.time(),
+        may_reuse=True,  # a server that never became ready left its version behind
     )
-    Journal(paths).append(Published(time_s=time.time(), version=manifest.version, digest=manifest.digest))
+    if manifest.version not in state_of(journal.read()).digests:
+        journal.append(Published(time_s=time.time(), version=manifest.version, digest=manifest.digest))
     return Provision(paths.version(manifest.version), manifest.version, digest, context, notices)
+
+
+def _resumed(journal: Journal, incumbent: Incumbent, draft: str) -> tuple[str, ...]:
+    """Write down where the journal's version gave way to an ancestor, and tell what is resumed."""
+    version, was = incumbent.manifest.version, incumbent.instead_of
+    if was is None:
+        return (f"resuming draft version {version}, the last one in service; --draft {draft} is not read",)
+    event = RolledBack(
+        time_s=time.time(),
+        from_version=was,
+        to_version=version,
+        by="serve",
+        barred_digest=None,
+        reason=incumbent.damage,
+    )
+    journal.append(event)
+    return (f"resuming draft version {version} instead of {was}, which cannot be read: {incumbent.damage}",)
+
+
+def _note_target(journal: Journal, digest: str) -> None:
+    """A target that changed while it was served, and is started from its first files again, changes back."""
+    last = state_of(journal.read()).target_digest
+    if last not in (None, digest):
+        journal.append(TargetChanged(time_s=time.time(), from_digest=last, to_digest=digest))
 
 
 def _check_trainable(config: DraftConfig, trainer: TrainerConfig) -> None:

@@ -8,7 +8,6 @@ the end, and its status is ours.
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import signal
 import socket
@@ -17,14 +16,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import onlinespec.cpu.settings as cpu_settings
 from onlinespec.config import Config
 from onlinespec.errors import StartError, WireError
-from onlinespec.launch import Launch, write_launch
+from onlinespec.launch import Launch, holding, write_launch
 from onlinespec.paths import RunPaths
 from onlinespec.plugin.entry import RUN_DIR_VARIABLE
 from onlinespec.plugin.sites import check_sites, load_sites
@@ -86,29 +85,6 @@ def plan(model: str, draft: str, run_dir: Path, config: Config, sglang_flags: Se
     if launch.capture_refused:
         notices.append(f"serving without capture: {launch.capture_refused}")
     return Plan(config, paths, launch, _command(launch, flags, provision), _environment(paths, flags), notices)
-
-
-@contextlib.contextmanager
-def holding(paths: RunPaths) -> Iterator[None]:
-    """Keep every other server out of a run directory meanwhile; the lock dies with the process.
-
-    Raises: StartError where another server lives in it.
-    """
-    descriptor = os.open(paths.serve_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.read(descriptor, 32).decode() or "unknown"
-            raise StartError(
-                f"{paths.root} is the run directory of a running server (process {holder});"
-                " give another --run-dir, or stop it"
-            ) from error
-        os.truncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _check_port(host: str, port: int) -> None:

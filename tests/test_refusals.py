@@ -25,7 +25,9 @@ from onlinespec.paths import RunPaths
 from onlinespec.plugin.sites import installed_sglang
 from onlinespec.provision import provision_draft
 from onlinespec.serve import Plan, plan
-from onlinespec.versions.journal import Journal, ServerStarted
+from onlinespec.versions.journal import Journal, Promoted, Published, RolledBack, ServerStarted, TargetChanged
+from onlinespec.versions.state import state_of
+from onlinespec.versions.store import VersionStore
 from tests.draft.tiny import build_draft, write_target
 
 TIMEOUT_S = 120.0
@@ -219,6 +221,54 @@ def test_a_run_directory_resumes_on_its_incumbent_and_says_that_the_draft_is_not
     assert again.launch.version == 1
     assert len(list(again.paths.versions.glob("0*"))) == 1
     assert any("resuming draft version 1" in notice for notice in again.notices)
+
+
+def test_a_target_that_changed_in_service_and_starts_from_its_first_files_changes_back(ask):
+    first = ask(draft="init")
+    journal, digest = Journal(first.paths), first.launch.target_digest
+    journal.append(ServerStarted(time_s=1.0, version=1))
+    journal.append(TargetChanged(time_s=2.0, from_digest=digest, to_digest="bbbb"))
+
+    again = ask(draft="init")
+
+    assert again.launch.version == 1
+    assert state_of(journal.read()).target_digest == digest
+
+
+def test_a_server_that_never_became_ready_leaves_a_version_that_the_next_start_reuses(ask, draft: Path):
+    first = ask(draft=draft)
+
+    again, other = ask(draft=draft), ask(draft="init")
+
+    assert (again.launch.version, other.launch.version) == (1, 2)
+    published = [event.version for event in Journal(first.paths).read()]
+    assert published == [1, 2]
+
+
+def test_a_start_on_an_ancestor_of_a_damaged_draft_is_said_and_written_down(ask):
+    first = ask(draft="init")
+    journal, store = Journal(first.paths), VersionStore(first.paths)
+    journal.append(ServerStarted(time_s=1.0, version=1))
+    second = store.publish(
+        lambda folder: (folder / WEIGHTS).write_bytes(b"x"),
+        parent=1,
+        target_digest=first.launch.target_digest,
+        provenance=store.manifest(1).provenance,
+        created_s=1.0,
+    )
+    journal.append(Published(time_s=1.0, version=2, digest=second.digest, parent=1))
+    journal.append(Promoted(time_s=2.0, version=2, from_version=1, by="gate"))
+    (first.paths.version(2) / WEIGHTS).write_bytes(b"y")
+
+    again = ask(draft="init")
+
+    assert again.launch.version == 1
+    (notice,) = (notice for notice in again.notices if "resuming" in notice)
+    assert notice.startswith(f"resuming draft version 1 instead of 2, which cannot be read: {first.paths.version(2)}")
+    event = journal.read()[-1]
+    assert isinstance(event, RolledBack)
+    assert (event.from_version, event.to_version, event.by, event.barred_digest) == (2, 1, "serve", None)
+    assert "the file is damaged" in event.reason
 
 
 def test_settings_without_an_accept_walk_are_planned_without_capture_and_said(ask):

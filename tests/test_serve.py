@@ -12,10 +12,10 @@ import pytest
 
 from onlinespec.config import Config, SupervisorConfig
 from onlinespec.errors import StartError
-from onlinespec.launch import Launch
+from onlinespec.launch import Launch, holding
 from onlinespec.paths import RunPaths
 from onlinespec.plugin.sites import installed_sglang, load_sites
-from onlinespec.serve import Plan, Supervisor, holding
+from onlinespec.serve import Plan, Supervisor
 from onlinespec.versions.journal import Journal, ServerStarted
 from tests.integration.servers import free_port
 

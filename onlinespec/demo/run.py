@@ -25,7 +25,8 @@ from onlinespec.errors import OnlinespecError, StartError, WireError
 from onlinespec.operate import roll_back
 from onlinespec.paths import RunPaths
 from onlinespec.resolve import load_config
-from onlinespec.versions.journal import Journal, state_of
+from onlinespec.versions.journal import Journal
+from onlinespec.versions.state import state_of
 from onlinespec.wire.messages import GetStatus, Status
 from onlinespec.wire.sockets import ControlClient
 from onlinespec.world import WORLD

@@ -1,4 +1,4 @@
-"""The journal: what was published, judged, promoted and rolled back, and the state that follows from it.
+"""The journal: what was published, judged, promoted, rolled back and ordered; `state` folds it.
 
 One JSON object a line, appended in a single write under a lock and flushed before `append` returns. An
 event exists once its newline is on disk: a crash leaves at most one unterminated line, which readers skip
@@ -9,7 +9,7 @@ The file is the only state: a restart folds it.
 import errno
 import fcntl
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -19,7 +19,8 @@ from onlinespec.errors import VersionError
 from onlinespec.paths import RunPaths
 from onlinespec.versions.durable import sync_path
 
-By = Literal["gate", "guard", "operator"]
+By = Literal["gate", "guard", "operator", "serve"]
+"""who put a version in service; serve: at its start, for want of an undamaged incumbent"""
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event"):
@@ -34,6 +35,8 @@ class Published(Event, frozen=True, kw_only=True, tag="published"):
 
     version: int
     digest: str
+    parent: int | None = None
+    """version the training went on from; None for a draft that came from outside"""
 
 
 class RaceStarted(Event, frozen=True, kw_only=True, tag="race_started"):
@@ -50,13 +53,22 @@ class Judged(Event, frozen=True, kw_only=True, tag="judged"):
     verdict: dict[str, Any]
 
 
+class Withheld(Event, frozen=True, kw_only=True, tag="withheld"):
+    """The gate's verdict was to promote, and something else forbade it: a pin, a pause, a bar, another's hand."""
+
+    candidate_digest: str
+    reason: str
+
+
 class Promoted(Event, frozen=True, kw_only=True, tag="promoted"):
-    """The server acknowledged that it serves a new version."""
+    """The server acknowledged that it serves a new version, or one an operator named; of a stopped server: it will."""
 
     version: int
     from_version: int | None
     """None where nothing of this store was in service"""
     by: By
+    reason: str = ""
+    """an operator's own words; empty where none were given"""
 
 
 class RolledBack(Event, frozen=True, kw_only=True, tag="rolled_back"):
@@ -67,6 +79,8 @@ class RolledBack(Event, frozen=True, kw_only=True, tag="rolled_back"):
     by: By
     barred_digest: str | None
     """weights that no gate may promote again; None where the step bars nothing"""
+    reason: str = ""
+    """an operator's own words, or what was found; empty where there are none"""
 
 
 class SwapFailed(Event, frozen=True, kw_only=True, tag="swap_failed"):
@@ -82,26 +96,90 @@ class ServerStarted(Event, frozen=True, kw_only=True, tag="server_started"):
     version: int
 
 
-AnyEvent = Published | RaceStarted | Judged | Promoted | RolledBack | SwapFailed | ServerStarted
+class CanaryEnded(Event, frozen=True, kw_only=True, tag="canary_ended"):
+    """A candidate's switchback on live traffic ended; the incumbent is in service."""
+
+    version: int
+    """of the candidate"""
+    decision: str
+    """gate.canary.Outcome"""
+    evidence: dict[str, Any]
+    """its numbers; `reason` among them"""
+
+
+class GuardTripped(Event, frozen=True, kw_only=True, tag="guard_tripped"):
+    """The guard found harm in the version in service; a `RolledBack` by the guard says what became of it."""
+
+    version: int
+    detector: str
+    """gate.guard.DetectorName"""
+    evidence: dict[str, Any]
+    """its numbers; `reason` among them"""
+
+
+class DepthChanged(Event, frozen=True, kw_only=True, tag="depth_changed"):
+    """The server drafts so many steps from now on, until it ends."""
+
+    num_steps: int
+    """0: no speculation"""
+    by: Literal["floor", "guard", "operator"]
+    reason: str = ""
+
+
+class TargetChanged(Event, frozen=True, kw_only=True, tag="target_changed"):
+    """The server's target has other weights: what was shown of any draft was shown of another target."""
+
+    from_digest: str
+    to_digest: str
+
+
+class Order(Event, frozen=True, kw_only=True):
+    """What holds from now on, until it is taken back."""
+
+    by: Literal["operator"] = "operator"
+    reason: str = ""
+
+
+class Pinned(Order, frozen=True, kw_only=True, tag="pinned"):
+    """A version stays in service: nothing is promoted and nothing else put in service while the pin holds."""
+
+    version: int
+
+
+class Unpinned(Order, frozen=True, kw_only=True, tag="unpinned"):
+    """The pin holds no longer."""
+
+    version: int
+
+
+class Paused(Order, frozen=True, kw_only=True, tag="paused"):
+    """The gate starts no race and promotes nothing; capture and training go on."""
+
+
+class Resumed(Order, frozen=True, kw_only=True, tag="resumed"):
+    """The gate works again."""
+
+
+AnyEvent = (
+    Published
+    | RaceStarted
+    | Judged
+    | Withheld
+    | Promoted
+    | RolledBack
+    | SwapFailed
+    | ServerStarted
+    | CanaryEnded
+    | GuardTripped
+    | DepthChanged
+    | TargetChanged
+    | Pinned
+    | Unpinned
+    | Paused
+    | Resumed
+)
 
 _decoder: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
-
-
-class JournalState(msgspec.Struct, frozen=True, kw_only=True):
-    """What a restart resumes from."""
-
-    incumbent: int | None = None
-    """version in service; None before the first server came up"""
-    previous: int | None = None
-    """version a plain rollback returns to; None where there is none that is not barred"""
-    barred: frozenset[str] = frozenset()
-    """digests of weights that were rolled back"""
-    num_promotions: int = 0
-    """promotions the gate decided: what its error budget counts"""
-    num_candidates: int = 0
-    """races begun, those a crash cut short included"""
-    digests: dict[int, str] = {}
-    """digest of every version ever published"""
 
 
 class Journal:
@@ -157,81 +235,6 @@ class Journal:
             raise VersionError(
                 f"{self._path} line {number}: no event ({error}); restore it or use a new run directory"
             ) from error
-
-
-def state_of(events: Iterable[AnyEvent]) -> JournalState:
-    """Fold events, oldest first, into the state they leave."""
-    served: list[int] = []
-    digests: dict[int, str] = {}
-    barred: set[str] = set()
-    num_promotions = num_candidates = 0
-    racing: str | None = None
-    for event in events:
-        match event:
-            case Published():
-                digests[event.version] = event.digest
-            case RaceStarted():
-                num_candidates += 1
-                racing = event.candidate_digest
-            case Judged():
-                num_candidates += event.candidate_digest != racing
-                racing = None
-            case Promoted():
-                num_promotions += event.by == "gate"
-                _serve(served, event.version)
-            case RolledBack():
-                _roll_back(served, event.to_version)
-                barred |= {event.barred_digest} if event.barred_digest else set()
-                barred -= {digests.get(event.to_version, "")} if event.by == "operator" else set()
-            case ServerStarted():
-                _serve(served, event.version)
-            case SwapFailed():
-                pass
-    earlier = [version for version in served[:-1] if digests.get(version) not in barred]
-    return JournalState(
-        incumbent=served[-1] if served else None,
-        previous=earlier[-1] if earlier else None,
-        barred=frozenset(barred),
-        num_promotions=num_promotions,
-        num_candidates=num_candidates,
-        digests=digests,
-    )
-
-
-def rollback_from(state: JournalState, to_version: int | None, by: By, time_s: float) -> RolledBack:
-    """Build the event of a rollback: where it goes, and what it bars.
-
-    `to_version` None means the version before the incumbent. Going back bars the weights that are left;
-    going forward, to a higher number, bars nothing, and so does leaving a version whose `Published` a crash
-    kept from the journal. An operator's word outranks the gate: the version an
-    operator names is un-barred by it.
-
-    Raises: VersionError where there is nothing to leave or to return to.
-    """
-    if state.incumbent is None:
-        raise VersionError("no version is in service: nothing to roll back; start the server first")
-    to = state.previous if to_version is None else to_version
-    if to is None:
-        raise VersionError(
-            f"nothing was in service before version {state.incumbent}; name a version with rollback --to N"
-        )
-    if to == state.incumbent:
-        raise VersionError(f"version {to} is already in service; name another with rollback --to N")
-    barred = state.digests.get(state.incumbent) if to < state.incumbent else None
-    return RolledBack(time_s=time_s, from_version=state.incumbent, to_version=to, by=by, barred_digest=barred)
-
-
-def _serve(served: list[int], version: int) -> None:
-    if not served or served[-1] != version:
-        served.append(version)
-
-
-def _roll_back(served: list[int], version: int) -> None:
-    """Forget what came after `version`; one that was never in service is entered on top."""
-    if version in served:
-        del served[len(served) - served[::-1].index(version) :]
-    else:
-        served.append(version)
 
 
 def _write_whole(descriptor: int, line: bytes) -> None:

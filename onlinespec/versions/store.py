@@ -10,24 +10,42 @@ Locks are flock(2): they die with their process. The store wants a local file sy
 """
 
 import fcntl
+import filecmp
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from onlinespec.config import VersionsConfig
 from onlinespec.errors import VersionError
 from onlinespec.paths import RunPaths
 from onlinespec.versions.durable import sync_path, sync_tree
-from onlinespec.versions.journal import Journal, state_of
+from onlinespec.versions.journal import Journal
 from onlinespec.versions.manifest import WEIGHTS_FILE, Manifest, Provenance, read_manifest, write_manifest
+from onlinespec.versions.retention import Deletion, choose
+from onlinespec.versions.state import JournalState, state_of
 
 PUBLISHING = ".publishing-"
 REMOVING = ".removing-"
 LOCK_FILE = ".lock"
+
+
+@dataclass(frozen=True)
+class Incumbent:
+    """The version a server starts with."""
+
+    manifest: Manifest
+    instead_of: int | None = None
+    """the version the journal names, where it is damaged; None where it is this one"""
+    damage: str = ""
+    """what was found of it"""
 
 
 class VersionStore:
@@ -47,11 +65,13 @@ class VersionStore:
         provenance: Provenance,
         created_s: float,
         verdict: dict[str, Any] | None = None,
+        may_reuse: bool = False,
     ) -> Manifest:
         """Add the next version and return its manifest once it is durable.
 
         `write_files` gets an empty directory and writes model.safetensors and whatever goes with it. When it
-        raises, the store is as before.
+        raises, the store is as before. With `may_reuse` a version of the same bytes, target and provenance that is
+        there already is returned instead.
 
         Raises: VersionError where model.safetensors was not written, the parent is not in the store, or the
         disk refuses.
@@ -62,6 +82,8 @@ class VersionStore:
             write_files(directory)
             if not (directory / WEIGHTS_FILE).is_file():
                 raise VersionError(f"{directory}: no {WEIGHTS_FILE} was written; a version needs one")
+            if may_reuse and (same := self._same(directory, target_digest, provenance)):
+                return same
             digest = file_digest(directory / WEIGHTS_FILE)
             # Once here, where it is slow and holds nobody up; once more below, for the manifest.
             sync_tree(directory)
@@ -122,39 +144,76 @@ class VersionStore:
             )
         return manifest
 
-    def retain(self, keep_last: int, protect: Collection[int]) -> tuple[int, ...]:
-        """Delete all but the newest `keep_last` versions and the protected ones; return what was deleted.
+    def retain(self, config: VersionsConfig, state: JournalState, also: Collection[int] = ()) -> Deletion:
+        """Delete what `retention.choose` says, for the disk as it is now; return what it said.
 
-        The caller protects the incumbent, what it would roll back to, and what is pinned.
+        Protected is what `state` protects, and `also`: versions on their way into service.
         """
-        assert keep_last >= 1, keep_last
         if not self._paths.versions.is_dir():
-            return ()
+            return Deletion((), (), 0, 0, 0)
         with self._locked():
-            doomed = tuple(number for number in self.numbers()[:-keep_last] if number not in protect)
-            moved = [self._paths.versions / f"{REMOVING}{number:06d}" for number in doomed]
-            for number, path in zip(doomed, moved, strict=True):
+            sizes = {number: tree_bytes(self._paths.version(number)) for number in self.numbers()}
+            free_bytes = shutil.disk_usage(self._paths.versions).free
+            deletion = choose(sizes, state.promoted, {*state.protected, *also}, free_bytes, config)
+            moved = [self._paths.versions / f"{REMOVING}{number:06d}" for number in deletion.versions]
+            for number, path in zip(deletion.versions, moved, strict=True):
                 self._paths.version(number).rename(path)
             sync_path(self._paths.versions)
             for path in moved:
                 shutil.rmtree(path)
-        return doomed
+        return deletion
 
-    def incumbent_for(self, target_digest: str) -> Manifest | None:
-        """The version a restarted server loads; None where the journal names none.
+    def incumbent_for(self, target_digest: str) -> Incumbent | None:
+        """The version a restarted server loads, its weights verified; None where the journal names none.
 
-        Raises: VersionError where that version was trained for another target, or is not in the store.
+        A version of another target is one all the same where the server changed to this target while it served.
+        One that is damaged gives way to its newest undamaged ancestor of this target, but not where it is pinned.
+
+        Raises: VersionError where it was trained for another target, and where no undamaged version is left.
         """
-        incumbent = state_of(Journal(self._paths).read()).incumbent
+        state = state_of(Journal(self._paths).read())
+        incumbent = state.incumbent
         if incumbent is None:
             return None
-        manifest = self.manifest(incumbent)
-        if manifest.target_digest != target_digest:
+        try:
+            manifest = self.verify(incumbent)
+        except VersionError as error:
+            return self._ancestor(state, target_digest, str(error))
+        if target_digest not in (manifest.target_digest, state.target_digest):
             raise VersionError(
                 f"{self._paths.root}: version {incumbent} was trained for target {manifest.target_digest}, "
                 f"the server has target {target_digest}; start with a new run directory"
             )
-        return manifest
+        return Incumbent(manifest)
+
+    def _ancestor(self, state: JournalState, target_digest: str, damage: str) -> Incumbent:
+        """The newest undamaged one of this target."""
+        if state.pinned == state.incumbent:
+            raise VersionError(
+                f"version {state.pinned} is pinned and cannot be served: {damage}; restore it, or run"
+                " `onlinespec unpin`, and start again"
+            )
+        for number in state.ancestors:
+            with suppress(VersionError):
+                manifest = self.verify(number)
+                if manifest.target_digest == target_digest:
+                    return Incumbent(manifest, state.incumbent, damage)
+        raise VersionError(
+            f"{damage}, and no version it was trained from is left undamaged for this target; restore it, name another"
+            " with `onlinespec promote N` and start again, or start with a new run directory"
+        )
+
+    def _same(self, directory: Path, target_digest: str, provenance: Provenance) -> Manifest | None:
+        """The newest version that holds what `directory` holds; None where there is none."""
+        names = sorted(path.name for path in directory.iterdir())
+        for number in reversed(self.numbers()):
+            folder = self._paths.version(number)
+            with suppress(VersionError):
+                manifest = self.manifest(number)
+                is_same = (manifest.target_digest, manifest.provenance) == (target_digest, provenance)
+                if is_same and filecmp.cmpfiles(directory, folder, names, shallow=False)[0] == names:
+                    return manifest
+        return None
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -173,7 +232,7 @@ class VersionStore:
         assert held is not None, directory
         try:
             yield directory
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # safetensors does not tell a full disk as an OSError
             raise VersionError(f"{directory}: nothing was published ({error}); check the disk") from error
         finally:
             shutil.rmtree(directory, ignore_errors=True)
@@ -194,6 +253,11 @@ def file_digest(path: Path) -> str:
     """Sha256 of a file, in hex, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tree_bytes(directory: Path) -> int:
+    """Bytes of all files below a directory."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def _lock_directory(path: Path) -> int | None:

@@ -5,7 +5,8 @@ import threading
 import torch
 
 from onlinespec.operate import roll_back
-from onlinespec.versions.journal import Journal, state_of
+from onlinespec.versions.journal import Journal
+from onlinespec.versions.state import state_of
 from onlinespec.wire.messages import GetStatus, Swap
 from tests.integration.conftest import IDENTITY_TOKENS
 from tests.integration.servers import send

@@ -18,7 +18,8 @@ from onlinespec.demo.result import build_result, checks
 from onlinespec.demo.traffic import Phase, Traffic
 from onlinespec.operate import roll_back
 from onlinespec.resolve import dump_config, load_config
-from onlinespec.versions.journal import Journal, Judged, Promoted, RaceStarted, state_of
+from onlinespec.versions.journal import Journal, Judged, Promoted, RaceStarted
+from onlinespec.versions.state import state_of
 from onlinespec.world import WORLD
 from onlinespec.world.corpus import FIRST_DOMAIN, SHIFT_DOMAIN
 from tests.integration.servers import REPOSITORY, Server

@@ -10,17 +10,25 @@ import pytest
 from onlinespec.errors import VersionError
 from onlinespec.paths import RunPaths
 from onlinespec.versions.journal import (
+    CanaryEnded,
+    DepthChanged,
+    GuardTripped,
     Journal,
     Judged,
+    Paused,
+    Pinned,
     Promoted,
     Published,
     RaceStarted,
+    Resumed,
     RolledBack,
     ServerStarted,
     SwapFailed,
-    rollback_from,
-    state_of,
+    TargetChanged,
+    Unpinned,
+    Withheld,
 )
+from onlinespec.versions.state import rollback_from, state_of
 
 APPENDER = """
 import sys
@@ -60,6 +68,15 @@ def test_events_come_back_as_they_were_written(paths):
         promoted(2, 1),
         RolledBack(time_s=5.0, from_version=2, to_version=1, by="guard", barred_digest="d2"),
         SwapFailed(time_s=6.0, version=3, reason="shape"),
+        Withheld(time_s=7.0, candidate_digest="d3", reason="version 1 is pinned"),
+        Pinned(time_s=8.0, version=1, reason="audit"),
+        Unpinned(time_s=9.0, version=1),
+        Paused(time_s=10.0),
+        Resumed(time_s=11.0, reason="done"),
+        CanaryEnded(time_s=12.0, version=3, decision="pass", evidence={"num_pairs": 12}),
+        GuardTripped(time_s=13.0, version=3, detector="quality", evidence={"mean_tokens": -0.5}),
+        DepthChanged(time_s=14.0, num_steps=0, by="floor", reason="dear"),
+        TargetChanged(time_s=15.0, from_digest="a", to_digest="b"),
     )
     journal = Journal(paths)
 
@@ -69,6 +86,18 @@ def test_events_come_back_as_they_were_written(paths):
     assert journal.read() == events
     assert json.loads(paths.journal.read_text().splitlines()[0])["event"] == "published"
     assert paths.journal.stat().st_mode & 0o077 == 0
+
+
+def test_events_of_an_older_journal_are_read(paths):
+    paths.journal.write_bytes(
+        b'{"event":"published","time_s":1.0,"version":1,"digest":"d1"}\n'
+        b'{"event":"promoted","time_s":2.0,"version":1,"from_version":null,"by":"operator"}\n'
+    )
+
+    assert Journal(paths).read() == (
+        Published(time_s=1.0, version=1, digest="d1"),
+        Promoted(time_s=2.0, version=1, from_version=None, by="operator"),
+    )
 
 
 def test_a_run_without_a_journal_has_no_events(paths):

@@ -3,17 +3,20 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 
 import pytest
 
+from onlinespec.config import VersionsConfig
 from onlinespec.errors import VersionError
 from onlinespec.paths import RunPaths
-from onlinespec.versions.journal import Journal, Promoted, ServerStarted
+from onlinespec.versions.journal import Journal, Pinned, Promoted, Published, RolledBack, ServerStarted, TargetChanged
 from onlinespec.versions.manifest import Provenance
-from onlinespec.versions.store import VersionStore
+from onlinespec.versions.state import JournalState
+from onlinespec.versions.store import Incumbent, VersionStore
 
 PROVENANCE = Provenance(optimizer_steps=30, answer_tokens=4000, seed=0, tenants=("a", "b"))
 
@@ -49,16 +52,32 @@ for number in range(15):
 """
 )
 
+FULL_DISK = (
+    CHILD
+    + """
+import resource, signal
+import torch
+from safetensors.torch import save_file
+from onlinespec.errors import VersionError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    publish(store, lambda path: save_file({"a": torch.zeros(10_000)}, path / "model.safetensors"))
+except VersionError as error:
+    print(error)
+"""
+)
+
 
 @pytest.fixture
 def paths(tmp_path):
     return RunPaths(tmp_path / "run")
 
 
-def publish(store, weights=b"weights", parent=None, target_digest="target", verdict=None):
+def publish(store, weights=b"weights", parent=None, target_digest="target", config="{}", **others):
     def write_files(directory):
         (directory / "model.safetensors").write_bytes(weights)
-        (directory / "config.json").write_text("{}")
+        (directory / "config.json").write_text(config)
 
     return store.publish(
         write_files,
@@ -66,7 +85,7 @@ def publish(store, weights=b"weights", parent=None, target_digest="target", verd
         target_digest=target_digest,
         provenance=PROVENANCE,
         created_s=12.5,
-        verdict=verdict,
+        **others,
     )
 
 
@@ -98,7 +117,7 @@ def test_an_empty_store_has_no_versions(paths):
 
     assert store.numbers() == ()
     assert store.latest() is None
-    assert store.retain(1, ()) == ()
+    assert store.retain(VersionsConfig(), JournalState()).versions == ()
     assert not paths.root.exists()
 
 
@@ -212,16 +231,45 @@ def test_concurrent_publishers_get_different_numbers(paths):
             assert (paths.version(version) / "model.safetensors").read_text() == f"{name} {count}"
 
 
-def test_retention_keeps_the_newest_and_the_protected(paths):
+def test_retention_keeps_the_newest_milestones_and_the_protected(paths):
     store = VersionStore(paths)
     for _ in range(6):
         publish(store)
+    state = JournalState(incumbent=2, previous=99, promoted=(1, 3, 4, 5))
 
-    deleted = store.retain(2, {2, 99})
+    deletion = store.retain(VersionsConfig(keep_last=2, milestone_every=2, min_free_bytes=0), state)
 
-    assert deleted == (1, 3, 4)
-    assert store.numbers() == (2, 5, 6)
+    assert deletion.versions == (1, 4)
+    assert deletion.notice is None
+    assert store.numbers() == (2, 3, 5, 6)
     assert publish(store).version == 7
+
+
+def test_a_disk_without_room_keeps_only_what_is_protected_and_says_so(paths):
+    store = VersionStore(paths)
+    for _ in range(4):
+        publish(store)
+
+    deletion = store.retain(VersionsConfig(min_free_bytes=2**62), JournalState(incumbent=2), also={4})
+
+    assert (deletion.for_room, store.numbers()) == ((1, 3), (2, 4))
+    assert re.fullmatch(
+        r"[\d.]+ GiB of disk are free, versions.min_free_bytes wants 4294967296.00 GiB; versions deleted: 1, 3;"
+        r" free now: [\d.]+ GiB; make room on that disk",
+        deletion.notice,
+    )
+
+
+def test_weights_that_a_full_disk_cuts_short_are_one_error_and_leave_the_store_as_it_was(paths):
+    publish(VersionStore(paths), b"small")
+
+    # A file size limit makes the kernel cut the write short, as a full disk does.
+    child = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(paths.root)], capture_output=True, text=True, check=True
+    )
+
+    assert re.fullmatch(r".*/\.publishing-\S+: nothing was published .*; check the disk\n", child.stdout)
+    assert sorted(os.listdir(paths.versions)) == [".lock", "000001"]
 
 
 def test_a_removal_that_a_crash_cut_short_is_finished_by_the_next_open(paths):
@@ -244,7 +292,7 @@ def test_a_restart_resumes_from_the_journals_incumbent(paths):
     journal.append(ServerStarted(time_s=1.0, version=1))
     journal.append(Promoted(time_s=2.0, version=2, from_version=1, by="gate"))
 
-    assert store.incumbent_for("target").version == 2
+    assert store.incumbent_for("target") == Incumbent(store.manifest(2))
 
 
 def test_an_incumbent_of_another_target_is_refused_with_both_digests_and_the_way_out(paths):
@@ -254,6 +302,112 @@ def test_an_incumbent_of_another_target_is_refused_with_both_digests_and_the_way
 
     with pytest.raises(VersionError, match=r"old-target.*new-target.*new run directory"):
         store.incumbent_for("new-target")
+
+
+def test_an_incumbent_that_served_when_the_target_changed_is_one_of_the_new_target_too(paths):
+    store, journal = VersionStore(paths), Journal(paths)
+    publish(store, target_digest="old")
+    journal.append(ServerStarted(time_s=1.0, version=1))
+    journal.append(TargetChanged(time_s=2.0, from_digest="old", to_digest="new"))
+
+    assert store.incumbent_for("new") == store.incumbent_for("old") == Incumbent(store.manifest(1))
+    with pytest.raises(VersionError, match="trained for target old"):
+        store.incumbent_for("other")
+
+
+@pytest.fixture
+def lineage(paths):
+    """A store whose version 3 was trained from 2, 2 from 1; 3 is in service."""
+    paths.create()
+    store, journal = VersionStore(paths), Journal(paths)
+    journal.append(ServerStarted(time_s=1.0, version=1))
+    for version in (1, 2, 3):
+        parent = version - 1 or None
+        digest = publish(store, f"weights {version}".encode(), parent=parent).digest
+        journal.append(Published(time_s=1.0, version=version, digest=digest, parent=parent))
+        journal.append(Promoted(time_s=2.0, version=version, from_version=parent, by="gate"))
+    return store
+
+
+def damage(paths, version):
+    (paths.version(version) / "model.safetensors").write_bytes(b"x")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "found"),
+    [
+        (lambda path: (path / "model.safetensors").write_bytes(b"x"), "the file is damaged"),
+        (lambda path: (path / "manifest.json").unlink(), "cannot be read"),
+        (lambda path: path.rename(path.with_name("gone")), "version 3 is not in"),
+    ],
+)
+def test_a_damaged_incumbent_gives_way_to_its_newest_undamaged_ancestor(paths, lineage, spoil, found):
+    spoil(paths.version(3))
+
+    incumbent = lineage.incumbent_for("target")
+
+    assert (incumbent.manifest.version, incumbent.instead_of) == (2, 3)
+    assert found in incumbent.damage
+
+    damage(paths, 2)
+    assert lineage.incumbent_for("target").manifest.version == 1
+
+
+def test_an_ancestor_of_another_target_or_under_a_bar_is_passed_over(paths):
+    store, journal = VersionStore(paths), Journal(paths)
+    digests = [publish(store, b"1").digest]
+    digests += [
+        publish(store, text, parent=number, target_digest=target).digest
+        for number, (text, target) in enumerate([(b"2", "target"), (b"3", "other"), (b"4", "target")], start=1)
+    ]
+    for version, digest in enumerate(digests, start=1):
+        journal.append(Published(time_s=1.0, version=version, digest=digest, parent=version - 1 or None))
+    journal.append(ServerStarted(time_s=2.0, version=4))
+    damage(paths, 4)
+
+    assert store.incumbent_for("target").manifest.version == 2
+    rolled_back = RolledBack(time_s=3.0, from_version=2, to_version=4, by="guard", barred_digest=digests[1])
+    journal.append(rolled_back)
+
+    assert store.incumbent_for("target").manifest.version == 1
+
+
+def test_where_nothing_undamaged_is_left_the_error_names_every_way_out(paths, lineage):
+    for version in (1, 2, 3):
+        damage(paths, version)
+
+    with pytest.raises(VersionError, match=r"000003.*damaged.*restore it.*`onlinespec promote N`.*new run directory"):
+        lineage.incumbent_for("target")
+
+
+def test_a_damaged_pin_is_an_error_that_names_unpin(paths, lineage):
+    Journal(paths).append(Pinned(time_s=3.0, version=3))
+    damage(paths, 3)
+
+    with pytest.raises(VersionError, match=r"version 3 is pinned .*damaged.*`onlinespec unpin`"):
+        lineage.incumbent_for("target")
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_reused"),
+    [({}, True), ({"target_digest": "other"}, False), ({"weights": b"others"}, False), ({"config": "{ }"}, False)],
+)
+def test_the_same_bytes_for_the_same_target_may_be_reused(paths, changes, is_reused):
+    store = VersionStore(paths)
+    first = publish(store)
+
+    second = publish(store, may_reuse=True, **changes)
+
+    assert (second == first) == is_reused
+    assert store.numbers() == ((1,) if is_reused else (1, 2))
+
+
+def test_a_damaged_version_is_not_reused(paths):
+    store = VersionStore(paths)
+    publish(store)
+    damage(paths, 1)
+
+    assert publish(store, may_reuse=True).version == 2
 
 
 def test_an_incumbent_that_is_gone_is_an_error(paths):
