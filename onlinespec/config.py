@@ -213,7 +213,7 @@ class CanaryConfig(Section, frozen=True):
     block_steps: Annotated[int, msgspec.Meta(ge=2)] = 16
     """decode steps of a block; a pair is one block of each draft, in coin-tossed order"""
     alpha: OpenFraction = 0.05
-    """largest chance that a candidate worse by harm_tolerance_tokens passes, and that a harmless one is called harmful"""
+    """largest chance that one worse by harm_tolerance_tokens passes, and that a harmless one is stopped for harm"""
     harm_tolerance_tokens: PositiveFloat = 0.1
     """loss in live accept length that still counts as harmless; a smaller one takes more pairs to show"""
     max_step_cost_ratio: Annotated[float, msgspec.Meta(gt=1.0)] = 1.1
@@ -256,9 +256,11 @@ class FloorConfig(Section, frozen=True):
     enabled: bool = False
     """set the server's draft depth by measured cost; needs SGLang's adaptive states with depth 0 among them"""
     min_cost_steps: Positive = 8
-    """decode steps, after ageing, that a cost needs to count as measured"""
-    cost_window_s: PositiveFloat = 60.0
-    """seconds in which a measured cost loses all but 1/e of its weight"""
+    """decode steps that a cost needs to count as measured"""
+    cost_window_steps: Positive = 128
+    """decode steps in which a measured cost loses all but 1/e of its weight to newer ones"""
+    cost_max_age_s: PositiveFloat = 300.0
+    """seconds after which a cost no longer counts as measured"""
     min_accept_steps: Positive = 200
     """verify steps of the shadow walk that an accept length needs to count as known"""
     accept_window_steps: Positive = 1000
@@ -266,22 +268,23 @@ class FloorConfig(Section, frozen=True):
     hysteresis_frac: OpenFraction = 0.1
     """share by which accept length must miss or beat the break-even before the depth changes"""
     min_dwell_s: PositiveFloat = 30.0
-    """seconds between two changes of depth at least, probes not counted"""
+    """seconds between two changes of depth at least, probes not counted; doubles with changes in quick succession"""
+    max_dwell_s: PositiveFloat = 480.0
+    """longest such time"""
     probe_steps: Positive = 16
     """decode steps at the other depth that a probe of its cost takes"""
     probe_every_s: PositiveFloat = 30.0
-    """seconds between the starts of two probes at least"""
+    """seconds between the starts of two probes at least; depth changes on no older cost of the other depth"""
     probe_frac: Annotated[float, msgspec.Meta(gt=0.0, le=0.5)] = 0.05
     """largest share of time spent in probes: after a slow one the next waits longer than probe_every_s"""
 
     def __post_init__(self) -> None:
         if self.probe_steps < self.min_cost_steps:
-            raise ValueError(f"probe_steps is {self.probe_steps}, wanted at least min_cost_steps, {self.min_cost_steps}")
-        if self.accept_window_steps < self.min_accept_steps:
             raise ValueError(
-                f"accept_window_steps is {self.accept_window_steps}, wanted at least min_accept_steps,"
-                f" {self.min_accept_steps}"
+                f"probe_steps is {self.probe_steps}, wanted at least min_cost_steps, {self.min_cost_steps}"
             )
+        if self.max_dwell_s < self.min_dwell_s:
+            raise ValueError(f"max_dwell_s is {self.max_dwell_s}, wanted at least min_dwell_s, {self.min_dwell_s}")
 
 
 class VersionsConfig(Section, frozen=True):
