@@ -227,6 +227,88 @@ class GateConfig(Section, frozen=True):
             raise ValueError(f"max_requests is {self.max_requests}, wanted at least min_requests, {self.min_requests}")
 
 
+class CanaryConfig(Section, frozen=True):
+    """Whether a candidate that won its race hurts in service: both drafts alternate in live traffic."""
+
+    enabled: bool = True
+    """try a candidate in live traffic before it is promoted"""
+    block_steps: Annotated[int, msgspec.Meta(ge=2)] = 16
+    """decode steps of a block; a pair is one block of each draft, in coin-tossed order"""
+    alpha: OpenFraction = 0.05
+    """largest chance that one worse by harm_tolerance_tokens passes, and that a harmless one is stopped for harm"""
+    harm_tolerance_tokens: PositiveFloat = 0.1
+    """loss in live accept length that still counts as harmless; a smaller one takes more pairs to show"""
+    max_step_cost_ratio: Annotated[float, msgspec.Meta(gt=1.0)] = 1.1
+    """seconds per decode step of the candidate over those of the incumbent that a pass must be shown to stay below"""
+    min_pairs: Positive = 8
+    """pairs a pass needs at least"""
+    max_pairs: Positive = 400
+    """pairs after which an undecided candidate is refused"""
+    max_s: PositiveFloat = 600.0
+    """seconds without a complete pair after which the canary is withdrawn"""
+
+    def __post_init__(self) -> None:
+        if self.max_pairs < self.min_pairs:
+            raise ValueError(f"max_pairs is {self.max_pairs}, wanted at least min_pairs, {self.min_pairs}")
+
+
+class GuardConfig(Section, frozen=True):
+    """When a promoted draft is rolled back."""
+
+    enabled: bool = True
+    """watch the draft in service and roll it back where harm is shown"""
+    false_alarm_requests: Positive = 10_000_000
+    """requests a harmless version serves, in the mean and at least, before it is rolled back by luck; the chance that
+    it happens within n requests is at most n / false_alarm_requests"""
+    tolerance_tokens: NonNegativeFloat = 0.1
+    """loss of shadow accept length against its parent that is no harm"""
+    gain_clip_tokens: PositiveFloat = 1.0
+    """a request's gain over the parent counts as this at most: a few lucky ones cannot hide many losses"""
+    clean_tolerance_tokens: NonNegativeFloat = 0.1
+    """loss of live accept length against the shadow that is no harm, where all KV is the version's own"""
+    aged_tolerance_tokens: NonNegativeFloat = 0.3
+    """the same where older versions left KV behind, which costs by itself"""
+    excess_clip_tokens: PositiveFloat = 0.25
+    """live above shadow counts as this at most; what is below it needs more requests to trip"""
+
+
+class FloorConfig(Section, frozen=True):
+    """When speculation pays. Where it does not, the draft's depth goes to 0 and capture goes on."""
+
+    enabled: bool = False
+    """set the server's draft depth by measured cost; needs SGLang's adaptive states with depth 0 among them"""
+    min_cost_steps: Positive = 8
+    """decode steps that a cost needs to count as measured"""
+    cost_window_steps: Positive = 128
+    """decode steps in which a measured cost loses all but 1/e of its weight to newer ones"""
+    cost_max_age_s: PositiveFloat = 300.0
+    """seconds after which a cost no longer counts as measured"""
+    min_accept_steps: Positive = 200
+    """verify steps of the shadow walk that an accept length needs to count as known"""
+    accept_window_steps: Positive = 1000
+    """verify steps in which a measured accept length loses all but 1/e of its weight"""
+    hysteresis_frac: OpenFraction = 0.1
+    """share by which accept length must miss or beat the break-even before the depth changes"""
+    min_dwell_s: PositiveFloat = 30.0
+    """seconds between two changes of depth at least, probes not counted; doubles with changes in quick succession"""
+    max_dwell_s: PositiveFloat = 480.0
+    """longest such time"""
+    probe_steps: Positive = 16
+    """decode steps at the other depth that a probe of its cost takes"""
+    probe_every_s: PositiveFloat = 30.0
+    """seconds between the starts of two probes at least; depth changes on no older cost of the other depth"""
+    probe_frac: Annotated[float, msgspec.Meta(gt=0.0, le=0.5)] = 0.05
+    """largest share of time spent in probes: after a slow one the next waits longer than probe_every_s"""
+
+    def __post_init__(self) -> None:
+        if self.probe_steps < self.min_cost_steps:
+            raise ValueError(
+                f"probe_steps is {self.probe_steps}, wanted at least min_cost_steps, {self.min_cost_steps}"
+            )
+        if self.max_dwell_s < self.min_dwell_s:
+            raise ValueError(f"max_dwell_s is {self.max_dwell_s}, wanted at least min_dwell_s, {self.min_dwell_s}")
+
+
 class VersionsConfig(Section, frozen=True):
     """How many drafts are kept on disk."""
 
@@ -272,6 +354,9 @@ class Config(Section, frozen=True):
     pace: PaceConfig = PaceConfig()
     drift: DriftConfig = DriftConfig()
     gate: GateConfig = GateConfig()
+    canary: CanaryConfig = CanaryConfig()
+    guard: GuardConfig = GuardConfig()
+    floor: FloorConfig = FloorConfig()
     record: RecordConfig = RecordConfig()
     versions: VersionsConfig = VersionsConfig()
     supervisor: SupervisorConfig = SupervisorConfig()
