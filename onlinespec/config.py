@@ -205,6 +205,14 @@ class GateConfig(Section, frozen=True):
             raise ValueError(f"max_requests is {self.max_requests}, wanted at least min_requests, {self.min_requests}")
 
 
+class FloorConfig(Section, frozen=True):
+    """How slow a draft may make the server."""
+
+    enabled: bool = False
+    """prepare a draft depth of 0 beside --speculative-num-steps, so that speculation can be switched off and on while
+    the server runs; costs start-up time, and on a GPU the memory of a second set of CUDA graphs"""
+
+
 class VersionsConfig(Section, frozen=True):
     """How many drafts are kept on disk."""
 
@@ -244,6 +252,7 @@ class Config(Section, frozen=True):
     pace: PaceConfig = PaceConfig()
     drift: DriftConfig = DriftConfig()
     gate: GateConfig = GateConfig()
+    floor: FloorConfig = FloorConfig()
     record: RecordConfig = RecordConfig()
     versions: VersionsConfig = VersionsConfig()
     supervisor: SupervisorConfig = SupervisorConfig()

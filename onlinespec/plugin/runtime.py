@@ -22,6 +22,7 @@ from onlinespec.draft.header import digest, read_shapes
 from onlinespec.errors import SwapError
 from onlinespec.launch import Launch, read_launch
 from onlinespec.paths import RunPaths
+from onlinespec.plugin.depth import Depth
 from onlinespec.plugin.fuse import Fuse
 from onlinespec.plugin.meter import Meter, Step, StepCommit, Turn
 from onlinespec.plugin.orders import Delivery, Order, Orders, StageSwitchback
@@ -39,6 +40,7 @@ from onlinespec.wire.messages import (
     GetStatus,
     Hello,
     SetCapture,
+    SetDepth,
     StartSwitchback,
     Status,
     StopSwitchback,
@@ -62,6 +64,7 @@ class Runtime:
         self._sender: SampleSender | None = None
         self._meter: Meter | None = None
         self._switchback: Switchback | None = None
+        self._depth: Depth | None = None
         self._orders = Orders()
 
     def after_init_request_dispatcher(self, _result: Any, scheduler: Any) -> None:
@@ -74,6 +77,7 @@ class Runtime:
         path = self._launch.draft
         in_service = StageVersion(self._launch.version, path, digest(path))
         swapper = self._swapper = Swapper(scheduler, read_shapes(Path(path)), in_service, _agree)
+        self._depth = Depth(scheduler.draft_worker, self._launch.depth_refused)
         if get_parallel().tp_rank != 0:
             return
         self._sender = SampleSender(
@@ -92,7 +96,7 @@ class Runtime:
         ControlServer(self._paths.control_endpoint, self._answer)
 
     def around_forward(self, original: Any, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        step = self.fuse.run(self._before_forward, worker, batch, is_vital=True)
+        step = self.fuse.run(self._before_forward, batch, is_vital=True)
         tap = self._tap
         layout = self.fuse.run(tap.before, batch) if tap is not None else None
         result = original(worker, batch, *args, **kwargs)
@@ -102,7 +106,7 @@ class Runtime:
             self.fuse.run(self._follow, result, step)
         return result
 
-    def _before_forward(self, worker: Any, batch: Any) -> Step | None:
+    def _before_forward(self, batch: Any) -> Step | None:
         """Change the draft where a switchback is due, before the tap notes who drafts. The step; None elsewhere."""
         mode = batch.forward_mode
         if mode.is_extend() or mode.is_idle() or not batch.reqs:
@@ -115,15 +119,26 @@ class Runtime:
             place = self._switchback.before_decode()
             if place is not None:
                 turn = Turn(self._switchback.order, place, self._swapper.version)
-        if self._meter is None:
+        if self._meter is None or self._depth is None:
             return None
-        return self._meter.begin(int(worker.speculative_num_steps), len(batch.reqs), turn)
+        return self._meter.begin(self._depth.num_steps, len(batch.reqs), turn)
 
     def _follow(self, result: Any, step: Step) -> None:
         assert self._meter is not None
         output = result.logits_output
         commit = StepCommit(self._meter, step, self.fuse.run)
         output.auxiliary_device_output = append_auxiliary_output(output.auxiliary_device_output, commit)
+
+    def before_update_weights(self, updater: Any, *_args: Any, **_kwargs: Any) -> None:
+        """Others write weights; the target's evidence is void then, and a draft written so is no version of ours."""
+        self.fuse.run(self._note_update, updater, is_vital=True)
+
+    def _note_update(self, updater: Any) -> None:
+        if self._meter is not None:
+            self._meter.interrupt()
+        if self._sender is not None:
+            role = "draft" if updater.get_model_runner().is_draft_worker else "target"
+            self._sender.counters[f"{role}_updates"] += 1
 
     def before_sampler(self, _sampler: Any, logits_output: Any, *_args: Any, **_kwargs: Any) -> None:
         if self._tap is not None:
@@ -172,6 +187,9 @@ class Runtime:
             case StopSwitchback():
                 if self._switchback is not None:
                     self._switchback.end()
+            case SetDepth(num_steps):
+                assert self._depth is not None
+                self._depth.set(num_steps)
 
     @property
     def _running(self) -> StartSwitchback | None:
@@ -204,6 +222,8 @@ class Runtime:
                 return self._acknowledge(self._start_switchback, request)
             case StopSwitchback():
                 return self._acknowledge(self._orders.send, request)
+            case SetDepth():
+                return self._acknowledge(self._set_depth, request)
 
     def _acknowledge(self, carry_out: Callable[[Any], Any], request: ControlRequest) -> Ack:
         assert self._swapper is not None
@@ -235,28 +255,47 @@ class Runtime:
             raise SwapError(f"a switchback with version {running.version} runs; stop it first")
         if request.version == swapper.incumbent:
             raise SwapError(f"version {request.version} is in service; a switchback wants another one")
+        if self._depth is not None and self._depth.num_steps == 0:
+            raise SwapError("nothing is drafted at depth 0; raise the depth before a switchback")
         self._orders.send(StageSwitchback(StageVersion(request.version, request.path, request.digest)))
         swapper.wait_staged()
         self._orders.send(request)
 
+    def _set_depth(self, request: SetDepth) -> None:
+        """Raises: SwapError."""
+        depth = self._depth
+        assert depth is not None
+        if refusal := depth.refusal(request.num_steps):
+            raise SwapError(refusal)
+        if depth.num_steps == request.num_steps:
+            return
+        if self._running is not None:
+            self._orders.send(StopSwitchback())
+        self._orders.send(request)
+
     def _hello(self) -> Hello:
-        worker, config = self._scheduler.draft_worker, self._scheduler.model_config
+        worker, config, depth = self._scheduler.draft_worker, self._scheduler.model_config, self._depth
+        assert depth is not None
         return Hello(
             sglang_version=sglang.__version__,
             sites=[site.name for site in self._sites if site.hook == "none" or site.target in HookRegistry._patched],
             vocab_size=int(config.vocab_size),
             hidden_size=int(config.hidden_size),
             num_aux=int(worker._draft_worker.draft_runner.model.model.num_aux_hidden_states),
-            num_draft_steps=int(worker.speculative_num_steps),
+            num_draft_steps=depth.available[-1],
             greedy_verify=self._is_greedy(),
             capture=self._tap is not None and self._tap.is_enabled,
             capture_refused=self._launch.capture_refused,
             version=self._swapper.incumbent if self._swapper else 0,
             generation_prompt=self.fuse.run(generation_prompt, self._scheduler.tokenizer, is_vital=True) or [],
+            depth=depth.num_steps,
+            depths=depth.available,
+            depth_refused=depth.refused,
         )
 
     def _status(self) -> Status:
         assert self._swapper is not None
+        assert self._depth is not None
         counters: Counter[str] = Counter(self.fuse.counters)
         if self._sender is not None:
             counters.update(self._sender.counters)
@@ -269,6 +308,9 @@ class Runtime:
             counters=dict(counters),
             sample_frac=self._tap.book.sample_frac if self._tap is not None else 1.0,
             switchback=self._running.version if self._running is not None else 0,
+            depth=self._depth.num_steps,
+            depths=self._depth.available,
+            target_updates=counters["target_updates"],
         )
 
 

@@ -25,6 +25,7 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
     num_aux: int
     """captured hidden states per row"""
     num_draft_steps: int
+    """the greatest depth there is; the one of now is `depth`"""
     greedy_verify: bool
     """True where the verifier is greedy whatever the request's temperature (CPU)"""
     capture: bool
@@ -34,6 +35,12 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
     """draft version in service; in a switchback the incumbent"""
     generation_prompt: list[int]
     """tokens the chat template writes before an answer; empty where there is no template"""
+    depth: int = 0
+    """draft steps of the next decode step; 0 means that nothing is drafted"""
+    depths: list[int] = []
+    """what `SetDepth` may choose from; one where the depth is fixed"""
+    depth_refused: str = ""
+    """why the depth is fixed; empty where it is not"""
 
 
 class RequestStarted(msgspec.Struct, tag=True, frozen=True):
@@ -67,7 +74,7 @@ class Segment(msgspec.Struct, array_like=True, frozen=True):
     num_teacher_rows: int
     """the last so many rows have a teacher"""
     num_drafted: int
-    """tokens drafted for this verify step; 0 for prefill"""
+    """tokens drafted for this verify step; 0 for prefill, and at depth 0"""
     num_correct: int
     """drafted tokens the verifier accepted, before truncation by a stop"""
     version: int
@@ -128,8 +135,12 @@ class BlockEnded(msgspec.Struct, tag=True, frozen=True):
 
 
 class Heartbeat(msgspec.Struct, tag=True, frozen=True):
-    """Counters of the tap since the server started, and running_requests, the number there are now; sent about once
-    a second."""
+    """Counters since the server started, and running_requests, the number there are now; sent about once a second.
+
+    `decode_{steps,tokens,requests,us}_d<depth>_b<load>` are what comparable decode steps cost and brought, by draft
+    depth and by batch size rounded down to a power of two, in microseconds; `decode_us / decode_steps` is the cost
+    of a step. `target_updates` and `draft_updates` are weight updates begun by others, target and draft.
+    """
 
     version: int
     """in service; in a switchback the incumbent"""
@@ -188,7 +199,13 @@ class StopSwitchback(msgspec.Struct, tag=True, frozen=True):
     """End the switchback; nothing where none runs."""
 
 
-ControlRequest = GetHello | GetStatus | Swap | SetCapture | StartSwitchback | StopSwitchback
+class SetDepth(msgspec.Struct, tag=True, frozen=True):
+    """Draft so many tokens per verify step from the next one on; ends a switchback where it changes anything."""
+
+    num_steps: Annotated[int, msgspec.Meta(ge=0, le=64)]
+
+
+ControlRequest = GetHello | GetStatus | Swap | SetCapture | StartSwitchback | StopSwitchback | SetDepth
 
 
 class Status(msgspec.Struct, tag=True, frozen=True):
@@ -205,6 +222,12 @@ class Status(msgspec.Struct, tag=True, frozen=True):
     """share of requests that are captured while `capture` is on"""
     switchback: int = 0
     """candidate that takes turns with `version`; 0 where no switchback runs"""
+    depth: int = 0
+    """draft steps of the next decode step"""
+    depths: list[int] = []
+    """what `SetDepth` may choose from"""
+    target_updates: int = 0
+    """updates of the target's weights begun since the start; one that failed may have written a part"""
 
 
 class Ack(msgspec.Struct, tag=True, frozen=True):
