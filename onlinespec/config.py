@@ -276,7 +276,8 @@ class FloorConfig(Section, frozen=True):
     """When speculation pays. Where it does not, the draft's depth goes to 0 and capture goes on."""
 
     enabled: bool = False
-    """set the server's draft depth by measured cost; needs SGLang's adaptive states with depth 0 among them"""
+    """set the server's draft depth by measured cost; a depth of 0 is prepared beside the full one, which costs
+    start-up time, and on a GPU the memory of a second set of CUDA graphs"""
     min_cost_steps: Positive = 8
     """decode steps that a cost needs to count as measured"""
     cost_window_steps: Positive = 128

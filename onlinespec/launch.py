@@ -28,6 +28,8 @@ class Launch(msgspec.Struct, frozen=True):
     serve_pid: int
     capture_refused: str = ""
     """why this server's settings cannot be captured; empty when they can"""
+    depth_refused: str = ""
+    """why the draft depth cannot be changed while it runs; empty when it can"""
 
     @property
     def base_url(self) -> str:

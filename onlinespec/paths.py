@@ -36,6 +36,11 @@ class RunPaths:
         return self.root / "launch.json"
 
     @property
+    def depths(self) -> Path:
+        """Draft depths that SGLang prepares at start, as its --speculative-adaptive-config."""
+        return self.root / "depths.json"
+
+    @property
     def serve_lock(self) -> Path:
         """Held for a server's life: one run directory, one server."""
         return self.root / "serve.lock"

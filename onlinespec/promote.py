@@ -137,7 +137,7 @@ class Promoter:
         return self._incumbent.weights()
 
     def freeze(self, weights: dict[str, torch.Tensor], provenance: Provenance) -> None:
-        """Start a race for these weights; barred ones are passed over, all where the gate is paused or the budget spent."""
+        """Start a race for these weights; barred ones are passed over, and all while paused or over budget."""
         self.sync()
         if self.state.is_paused:
             return

@@ -8,6 +8,7 @@ the end, and its status is ours.
 
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import socket
@@ -27,9 +28,9 @@ from onlinespec.launch import Launch, holding, write_launch
 from onlinespec.paths import RunPaths
 from onlinespec.plugin.entry import RUN_DIR_VARIABLE
 from onlinespec.plugin.sites import check_sites, load_sites
-from onlinespec.provision import Provision, provision_draft, resolve_model
+from onlinespec.provision import provision_draft, resolve_model
 from onlinespec.resolve import dump_config
-from onlinespec.support import ServerFlags, capture_refusal, parse_flags, refuse_unsupported
+from onlinespec.support import ServerFlags, capture_refusal, depth_refusal, parse_flags, refuse_unsupported
 from onlinespec.versions.journal import Journal, ServerStarted
 from onlinespec.wire.messages import GetHello, Hello
 from onlinespec.wire.sockets import ControlClient, check_endpoint
@@ -78,13 +79,24 @@ def plan(model: str, draft: str, run_dir: Path, config: Config, sglang_flags: Se
             max_context_tokens=provision.max_context_tokens,
             serve_pid=os.getpid(),
             capture_refused=capture_refusal(flags),
+            depth_refused=_depth_refused(config, flags),
         )
+        depths = {"1": {"candidate_steps": [0, launch.num_draft_steps]}}  # one entry: for every batch size
+        paths.depths.write_text(json.dumps(depths))
         paths.resolved_config.write_text(dump_config(config))
         write_launch(paths, launch)
     notices = [*provision.notices]
     if launch.capture_refused:
         notices.append(f"serving without capture: {launch.capture_refused}")
-    return Plan(config, paths, launch, _command(launch, flags, provision), _environment(paths, flags), notices)
+    elif config.floor.enabled and launch.depth_refused:
+        notices.append(f"serving at a fixed draft depth: {launch.depth_refused}")
+    return Plan(config, paths, launch, _command(launch, flags, paths), _environment(paths, flags), notices)
+
+
+def _depth_refused(config: Config, flags: ServerFlags) -> str:
+    if not config.floor.enabled:
+        return "floor.enabled is false"
+    return capture_refusal(flags) or depth_refusal(flags)
 
 
 def _check_port(host: str, port: int) -> None:
@@ -98,7 +110,7 @@ def _check_port(host: str, port: int) -> None:
             raise StartError(f"{host}:{port}: {error.strerror}; choose another --port") from error
 
 
-def _command(launch: Launch, flags: ServerFlags, provision: Provision) -> list[str]:
+def _command(launch: Launch, flags: ServerFlags, paths: RunPaths) -> list[str]:
     module = "onlinespec.cpu.launch" if cpu_settings.is_needed() else "sglang.launch_server"
     steps = launch.num_draft_steps
     defaults = {
@@ -112,6 +124,8 @@ def _command(launch: Launch, flags: ServerFlags, provision: Provision) -> list[s
         "--speculative-num-draft-tokens": str(steps + 1),
     }
     added = [part for name, value in defaults.items() if name not in flags.values for part in (name, value)]
+    if not launch.depth_refused:
+        added += ["--speculative-adaptive", "--speculative-adaptive-config", str(paths.depths)]
     return [sys.executable, "-m", module, *added, *flags.given]
 
 

@@ -30,6 +30,16 @@ UNCAPTURED_FLAGS = {
     "--speculative-adaptive": "the draft depth changes under way",
     "--speculative-draft-window-size": "a draft that forgets all but the last tokens is not what is trained",
 }
+# Source: SGLang 0.5.23 speculative/adaptive_spec_params.py adaptive_unsupported_reason, arg_groups/lora_hook.py,
+# arg_groups/hisparse_hook.py.
+FIXED_DEPTH_FLAGS = {
+    "--enable-lora": "SGLang does not switch LoRA's CUDA graphs with it",
+    "--lora-paths": "SGLang does not switch LoRA's CUDA graphs with it",
+    "--enable-hisparse": "HiSparse has buffers of one size",
+    "--enable-multi-layer-eagle": "SGLang's worker for it has one depth",
+    "--enable-two-batch-overlap": "SGLang would lose its wrapper around the attention backend",
+    "--enable-pdmux": "SGLang does not switch its decode backends with it",
+}
 OUR_ARGUMENTS = {
     "--model-path": "give the model as the first argument",
     "--speculative-draft-model-path": "give the draft as --draft PATH, or --draft init",
@@ -37,6 +47,7 @@ OUR_ARGUMENTS = {
 _READ_FLAGS = (
     *REFUSED_FLAGS,
     *UNCAPTURED_FLAGS,
+    *FIXED_DEPTH_FLAGS,
     *OUR_ARGUMENTS,
     "--host",
     "--port",
@@ -131,4 +142,12 @@ def capture_refusal(flags: ServerFlags) -> str:
         return (
             f"--quantization {flags.values['--quantization']} quantises the draft too, which cannot be swapped in place"
         )
+    return ""
+
+
+def depth_refusal(flags: ServerFlags) -> str:
+    """Why the draft depth of a server that is captured cannot be changed under way; empty where it can."""
+    for name, why in FIXED_DEPTH_FLAGS.items():
+        if name in flags.values:
+            return f"{name}: {why}"
     return ""

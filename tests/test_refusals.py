@@ -4,6 +4,7 @@ Most cases ask `plan`, or the part of it that judges drafts, which start nothing
 where the process matters.
 """
 
+import json
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from onlinespec.config import Config, TrainerConfig
+from onlinespec.config import Config, FloorConfig, TrainerConfig
 from onlinespec.draft.checkpoint import read_draft, write_draft
 from onlinespec.draft.fresh import build_fresh_draft
 from onlinespec.errors import ConfigError, OnlinespecError, SiteError, StartError
@@ -32,6 +33,7 @@ from tests.draft.tiny import build_draft, write_target
 
 TIMEOUT_S = 120.0
 WEIGHTS = "model.safetensors"
+DEFAULTS = Config()
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +62,10 @@ def port() -> int:
 def ask(target: Path, port: int, tmp_path: Path) -> Callable[..., Plan]:
     """`plan` for that target, on a free port, with what is given changed."""
 
-    def ask_plan(*flags: str, draft: Path | str = "init", model: Path = target, run: str = "run") -> Plan:
-        return plan(str(model), str(draft), tmp_path / run, Config(), ["--port", str(port), *flags])
+    def ask_plan(
+        *flags: str, draft: Path | str = "init", model: Path = target, run: str = "run", config: Config = DEFAULTS
+    ) -> Plan:
+        return plan(str(model), str(draft), tmp_path / run, config, ["--port", str(port), *flags])
 
     return ask_plan
 
@@ -392,3 +396,35 @@ def test_the_command_line_refuses_a_draft_without_importing_sglang(
     assert errors[0].startswith(f"error: {draft / WEIGHTS}: holds embed_tokens.weight")
     assert "onlinespec.serve" in imported
     assert not {name for name in imported if name.partition(".")[0] == "sglang"}
+
+
+def test_where_asked_sglang_prepares_depth_zero_beside_the_depth_wanted_and_otherwise_nothing(ask):
+    floor = Config(floor=FloorConfig(enabled=True))
+
+    asked, other = ask("--speculative-num-steps", "5", config=floor), ask(run="other")
+
+    path = asked.command[asked.command.index("--speculative-adaptive-config") + 1]
+    assert json.loads(Path(path).read_text()) == {"1": {"candidate_steps": [0, 5]}}
+    assert "--speculative-adaptive" in asked.command
+    assert asked.launch.depth_refused == ""
+    assert "--speculative-adaptive" not in other.command
+    assert other.launch.depth_refused == "floor.enabled is false"
+
+
+@pytest.mark.parametrize(
+    ("flag", "notice"),
+    [
+        ("--enable-lora", "serving at a fixed draft depth: --enable-lora"),
+        ("--speculative-adaptive", "serving without capture: --speculative-adaptive"),
+        ("--speculative-eagle-topk=4", "serving without capture: --speculative-eagle-topk 4"),
+    ],
+)
+def test_where_the_depth_cannot_change_one_notice_names_the_setting(ask, flag: str, notice: str):
+    asked = ask(flag, config=Config(floor=FloorConfig(enabled=True)))
+
+    assert [line for line in asked.notices if flag.split("=")[0] in line] == [
+        line for line in asked.notices if line.startswith(notice)
+    ]
+    assert sum(line.startswith(notice) for line in asked.notices) == 1
+    assert "--speculative-adaptive-config" not in asked.command
+    assert asked.launch.depth_refused.startswith(flag.split("=")[0])

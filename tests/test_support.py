@@ -3,7 +3,14 @@
 import pytest
 
 from onlinespec.errors import UnsupportedError
-from onlinespec.support import ALIASES, capture_refusal, parse_flags, refuse_unsupported
+from onlinespec.support import (
+    ALIASES,
+    FIXED_DEPTH_FLAGS,
+    capture_refusal,
+    depth_refusal,
+    parse_flags,
+    refuse_unsupported,
+)
 
 REFUSED = {
     "--enable-dp-attention": "--enable-dp-attention",
@@ -73,7 +80,18 @@ def test_plain_flags_pass_and_are_captured():
     refuse_unsupported(flags)
 
     assert capture_refusal(flags) == ""
+    assert depth_refusal(flags) == ""
     assert flags.given == tuple(PLAIN.split())
+
+
+@pytest.mark.parametrize("flag", FIXED_DEPTH_FLAGS)
+def test_a_setting_under_which_sglang_has_one_depth_is_captured_and_named(flag: str):
+    flags = parse_flags([flag])
+
+    refuse_unsupported(flags)
+
+    assert capture_refusal(flags) == ""
+    assert depth_refusal(flags).startswith(flag)
 
 
 @pytest.mark.parametrize(("alias", "name"), ALIASES.items())

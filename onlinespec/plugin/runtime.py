@@ -6,26 +6,30 @@ that all ranks see it at the same one.
 """
 
 import functools
-import queue
-import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import sglang
+import torch
+from sglang.srt.managers.auxiliary_output import append_auxiliary_output
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.runtime_context import get_parallel
 
 from onlinespec.config import Config
-from onlinespec.draft.header import read_shapes
+from onlinespec.draft.header import digest, read_shapes
 from onlinespec.errors import SwapError
 from onlinespec.launch import Launch, read_launch
 from onlinespec.paths import RunPaths
+from onlinespec.plugin.depth import Depth
 from onlinespec.plugin.fuse import Fuse
+from onlinespec.plugin.meter import Meter, Step, StepCommit, Turn
+from onlinespec.plugin.orders import Delivery, Order, Orders, StageSwitchback
 from onlinespec.plugin.requests import RequestBook
 from onlinespec.plugin.sites import Site
 from onlinespec.plugin.swap import ApplyVersion, StageVersion, Swapper
+from onlinespec.plugin.switchback import Switchback
 from onlinespec.plugin.tap import Tap
 from onlinespec.resolve import load_config
 from onlinespec.wire.messages import (
@@ -36,30 +40,13 @@ from onlinespec.wire.messages import (
     GetStatus,
     Hello,
     SetCapture,
+    SetDepth,
+    StartSwitchback,
     Status,
+    StopSwitchback,
     Swap,
 )
 from onlinespec.wire.sockets import ControlServer, SampleSender
-
-_SWAP_TIMEOUT_S = 60.0
-
-
-class Delivery(msgspec.Struct):
-    """Rides SGLang's request broadcast to every rank. number: rank 0's own, to find its waiter."""
-
-    number: int
-    order: StageVersion | ApplyVersion
-
-
-class _Waiter:
-    """What the control thread waits on until the scheduler handled its delivery."""
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.is_taken = False
-        """on its way to the ranks: it can no longer be given up"""
-        self.error = "a fault in the server"
-        """empty once the order was carried out"""
 
 
 class Runtime:
@@ -75,10 +62,10 @@ class Runtime:
         self._swapper: Swapper | None = None
         self._tap: Tap | None = None
         self._sender: SampleSender | None = None
-        self._outbox: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
-        self._waiters: dict[int, _Waiter] = {}
-        self._num_deliveries = 0
-        self._lock = threading.Lock()
+        self._meter: Meter | None = None
+        self._switchback: Switchback | None = None
+        self._depth: Depth | None = None
+        self._orders = Orders()
 
     def after_init_request_dispatcher(self, _result: Any, scheduler: Any) -> None:
         """The workers exist: register our message and, on rank 0, open the sockets."""
@@ -87,13 +74,16 @@ class Runtime:
     def _attach(self, scheduler: Any) -> None:
         self._scheduler = scheduler
         scheduler._request_dispatcher._mapping[Delivery] = functools.partial(self.fuse.run, self._handle, is_vital=True)
-        swapper = Swapper(scheduler, read_shapes(Path(self._launch.draft)), self._launch.version)
-        self._swapper = swapper
+        path = self._launch.draft
+        in_service = StageVersion(self._launch.version, path, digest(path))
+        swapper = self._swapper = Swapper(scheduler, read_shapes(Path(path)), in_service, _agree)
+        self._depth = Depth(scheduler.draft_worker, self._launch.depth_refused)
         if get_parallel().tp_rank != 0:
             return
         self._sender = SampleSender(
-            self._paths.samples_endpoint, self._config.capture.queue_bytes, lambda: swapper.version
+            self._paths.samples_endpoint, self._config.capture.queue_bytes, lambda: swapper.incumbent
         )
+        self._meter = Meter(self._sender.counters, self._sender.offer, bool(scheduler.enable_overlap))
         if not self._launch.capture_refused:
             self._tap = Tap(
                 self._sender,
@@ -106,13 +96,49 @@ class Runtime:
         ControlServer(self._paths.control_endpoint, self._answer)
 
     def around_forward(self, original: Any, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._tap is None:
-            return original(worker, batch, *args, **kwargs)
-        layout = self.fuse.run(self._tap.before, batch)
+        step = self.fuse.run(self._before_forward, batch, is_vital=True)
+        tap = self._tap
+        layout = self.fuse.run(tap.before, batch) if tap is not None else None
         result = original(worker, batch, *args, **kwargs)
-        if layout is not None:
-            self.fuse.run(self._tap.after, result, layout)
+        if tap is not None and layout is not None:
+            self.fuse.run(tap.after, result, layout)
+        if step is not None:
+            self.fuse.run(self._follow, result, step)
         return result
+
+    def _before_forward(self, batch: Any) -> Step | None:
+        """Change the draft where a switchback is due, before the tap notes who drafts. The step; None elsewhere."""
+        mode = batch.forward_mode
+        if mode.is_extend() or mode.is_idle() or not batch.reqs:
+            if self._meter is not None:
+                self._meter.interrupt()
+            return None
+        turn = None
+        if self._switchback is not None:
+            assert self._swapper is not None
+            place = self._switchback.before_decode()
+            if place is not None:
+                turn = Turn(self._switchback.order, place, self._swapper.version)
+        if self._meter is None or self._depth is None:
+            return None
+        return self._meter.begin(self._depth.num_steps, len(batch.reqs), turn)
+
+    def _follow(self, result: Any, step: Step) -> None:
+        assert self._meter is not None
+        output = result.logits_output
+        commit = StepCommit(self._meter, step, self.fuse.run)
+        output.auxiliary_device_output = append_auxiliary_output(output.auxiliary_device_output, commit)
+
+    def before_update_weights(self, updater: Any, *_args: Any, **_kwargs: Any) -> None:
+        """Others write weights; the target's evidence is void then, and a draft written so is no version of ours."""
+        self.fuse.run(self._note_update, updater, is_vital=True)
+
+    def _note_update(self, updater: Any) -> None:
+        if self._meter is not None:
+            self._meter.interrupt()
+        if self._sender is not None:
+            role = "draft" if updater.get_model_runner().is_draft_worker else "target"
+            self._sender.counters[f"{role}_updates"] += 1
 
     def before_sampler(self, _sampler: Any, logits_output: Any, *_args: Any, **_kwargs: Any) -> None:
         if self._tap is not None:
@@ -122,61 +148,54 @@ class Runtime:
         """Rank 0 adds what waits; the others get None from SGLang and see it by broadcast."""
         if requests is not None:
             self.fuse.run(self._note_load, is_vital=True)
-            if not self._outbox.empty():
-                self.fuse.run(self._take_deliveries, requests, is_vital=True)
+            if self._orders.is_waiting:
+                self.fuse.run(self._orders.take, requests, is_vital=True)
         return requests
 
     def _note_load(self) -> None:
         """For the next heartbeat. Every iteration, an idle one too: SGLang filters what has finished after this."""
+        if self._meter is not None:
+            self._meter.looked()
         if self._sender is not None:
             self._sender.counters["running_requests"] = len(self._scheduler.running_batch.reqs)
             if self._tap is not None:
                 self._sender.counters["requests_sampled_out"] = self._tap.book.num_sampled_out
-
-    def _take_deliveries(self, requests: list[Any]) -> None:
-        while not self._outbox.empty():
-            delivery = self._outbox.get_nowait()
-            with self._lock:
-                waiter = self._waiters.get(delivery.number)
-                if waiter is not None:
-                    waiter.is_taken = True
-                    requests.append(delivery)
 
     def _is_greedy(self) -> bool:
         return str(self._scheduler.draft_worker.device) == "cpu"
 
     def _handle(self, delivery: Delivery) -> None:
         """On the scheduler's thread of every rank."""
-        assert self._swapper is not None
-        with self._lock:
-            waiter = self._waiters.pop(delivery.number, None) or _Waiter()
-        try:
-            if isinstance(delivery.order, StageVersion):
-                self._swapper.begin_stage(delivery.order)
-            else:
-                self._swapper.apply(delivery.order)
-            waiter.error = ""
-        except SwapError as error:
-            waiter.error = str(error)
-        finally:
-            waiter.done.set()
+        if self._meter is not None:
+            self._meter.interrupt()
+        self._orders.handle(delivery, self._carry_out)
 
-    def _deliver(self, order: StageVersion | ApplyVersion) -> None:
-        """From the control thread: send to all ranks and wait until this one has handled it."""
-        self._num_deliveries += 1
-        number, waiter = self._num_deliveries, _Waiter()
-        self._waiters[number] = waiter
-        self._outbox.put(Delivery(number, order))
-        if not waiter.done.wait(_SWAP_TIMEOUT_S):
-            with self._lock:
-                if not waiter.is_taken:
-                    del self._waiters[number]
-                    raise SwapError(
-                        f"the scheduler did not take the swap within {_SWAP_TIMEOUT_S:.0f} s; it is given up"
-                    )
-            waiter.done.wait()
-        if waiter.error:
-            raise SwapError(waiter.error)
+    def _carry_out(self, order: Order) -> None:
+        """Raises: SwapError."""
+        swapper = self._swapper
+        assert swapper is not None
+        match order:
+            case StageVersion():
+                swapper.begin_stage(order)
+            case ApplyVersion():
+                swapper.apply(order)
+            case StageSwitchback(candidate):
+                swapper.begin_stage(candidate, swapper.in_service)
+            case StartSwitchback():
+                swapper.check_staged(order.version)
+                self._switchback = Switchback(order, swapper)
+            case StopSwitchback():
+                if self._switchback is not None:
+                    self._switchback.end()
+            case SetDepth(num_steps):
+                assert self._depth is not None
+                self._depth.set(num_steps)
+
+    @property
+    def _running(self) -> StartSwitchback | None:
+        """The switchback that runs."""
+        switchback = self._switchback
+        return switchback.order if switchback is not None and switchback.is_running else None
 
     def _answer(self, request: ControlRequest) -> ControlReply:
         reply = self.fuse.run(self._reply, request, is_vital=True)
@@ -191,57 +210,118 @@ class Runtime:
                 return self._status()
             case SetCapture(enabled, sample_frac):
                 if self._tap is None:
-                    return Ack(False, self._launch.capture_refused, self._swapper.version)
+                    return Ack(False, self._launch.capture_refused, self._swapper.incumbent)
                 if enabled is not None:
                     self._tap.is_enabled = enabled
                 if sample_frac is not None:
                     self._tap.book.sample_frac = sample_frac
-                return Ack(True, version=self._swapper.version)
+                return Ack(True, version=self._swapper.incumbent)
             case Swap():
-                return self._swap(request)
+                return self._acknowledge(self._swap, request)
+            case StartSwitchback():
+                return self._acknowledge(self._start_switchback, request)
+            case StopSwitchback():
+                return self._acknowledge(self._orders.send, request)
+            case SetDepth():
+                return self._acknowledge(self._set_depth, request)
 
-    def _swap(self, request: Swap) -> Ack:
+    def _acknowledge(self, carry_out: Callable[[Any], Any], request: ControlRequest) -> Ack:
+        assert self._swapper is not None
+        try:
+            duration_s = carry_out(request) or 0.0
+        except SwapError as error:
+            return Ack(False, f"{error} {self.fuse.last_fault}".rstrip(), self._swapper.incumbent)
+        return Ack(True, version=self._swapper.incumbent, duration_s=duration_s)
+
+    def _swap(self, request: Swap) -> float:
+        """Seconds the scheduler spent in it. Raises: SwapError."""
         swapper = self._swapper
         assert swapper is not None
-        try:
-            self._deliver(StageVersion(request.version, request.path, request.digest))
-            swapper.wait_staged()
-            self._deliver(ApplyVersion(request.version))
-        except SwapError as error:
-            return Ack(False, f"{error} {self.fuse.last_fault}".rstrip(), swapper.version)
+        if self._running is not None:
+            self._orders.send(StopSwitchback())
+        self._orders.send(StageVersion(request.version, request.path, request.digest))
+        swapper.wait_staged()
+        self._orders.send(ApplyVersion(request.version))
         assert swapper.version == request.version, (swapper.version, request.version)
-        return Ack(True, version=swapper.version, duration_s=swapper.last_duration_s)
+        return swapper.last_duration_s
+
+    def _start_switchback(self, request: StartSwitchback) -> None:
+        """Raises: SwapError."""
+        swapper, running = self._swapper, self._running
+        assert swapper is not None
+        if running == request:
+            return
+        if running is not None:
+            raise SwapError(f"a switchback with version {running.version} runs; stop it first")
+        if request.version == swapper.incumbent:
+            raise SwapError(f"version {request.version} is in service; a switchback wants another one")
+        if self._depth is not None and self._depth.num_steps == 0:
+            raise SwapError("nothing is drafted at depth 0; raise the depth before a switchback")
+        self._orders.send(StageSwitchback(StageVersion(request.version, request.path, request.digest)))
+        swapper.wait_staged()
+        self._orders.send(request)
+
+    def _set_depth(self, request: SetDepth) -> None:
+        """Raises: SwapError."""
+        depth = self._depth
+        assert depth is not None
+        if refusal := depth.refusal(request.num_steps):
+            raise SwapError(refusal)
+        if depth.num_steps == request.num_steps:
+            return
+        if self._running is not None:
+            self._orders.send(StopSwitchback())
+        self._orders.send(request)
 
     def _hello(self) -> Hello:
-        worker, config = self._scheduler.draft_worker, self._scheduler.model_config
+        worker, config, depth = self._scheduler.draft_worker, self._scheduler.model_config, self._depth
+        assert depth is not None
         return Hello(
             sglang_version=sglang.__version__,
             sites=[site.name for site in self._sites if site.hook == "none" or site.target in HookRegistry._patched],
             vocab_size=int(config.vocab_size),
             hidden_size=int(config.hidden_size),
             num_aux=int(worker._draft_worker.draft_runner.model.model.num_aux_hidden_states),
-            num_draft_steps=int(worker.speculative_num_steps),
+            num_draft_steps=depth.available[-1],
             greedy_verify=self._is_greedy(),
             capture=self._tap is not None and self._tap.is_enabled,
             capture_refused=self._launch.capture_refused,
-            version=self._swapper.version if self._swapper else 0,
+            version=self._swapper.incumbent if self._swapper else 0,
             generation_prompt=self.fuse.run(generation_prompt, self._scheduler.tokenizer, is_vital=True) or [],
+            depth=depth.num_steps,
+            depths=depth.available,
+            depth_refused=depth.refused,
         )
 
     def _status(self) -> Status:
         assert self._swapper is not None
+        assert self._depth is not None
         counters: Counter[str] = Counter(self.fuse.counters)
         if self._sender is not None:
             counters.update(self._sender.counters)
         return Status(
-            version=self._swapper.version,
+            version=self._swapper.incumbent,
             num_swaps=self._swapper.num_swaps,
             capture=self._tap is not None and self._tap.is_enabled,
             fuse=self.fuse.state,
             last_fault=self.fuse.last_fault,
             counters=dict(counters),
             sample_frac=self._tap.book.sample_frac if self._tap is not None else 1.0,
+            switchback=self._running.version if self._running is not None else 0,
+            depth=self._depth.num_steps,
+            depths=self._depth.available,
+            target_updates=counters["target_updates"],
         )
+
+
+def _agree(is_so: bool) -> bool:
+    """Whether it is so on every rank. A collective: all ranks call it at the same iteration."""
+    group = get_parallel().tp_group
+    if group.world_size == 1:
+        return is_so
+    flag = torch.tensor(int(is_so))
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN, group=group.cpu_group)
+    return bool(flag)
 
 
 def generation_prompt(tokenizer: Any) -> list[int]:

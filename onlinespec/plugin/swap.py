@@ -9,6 +9,7 @@ with: `embed_tokens` is the target's own parameter, and a payload that carried i
 import contextlib
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,9 @@ class ApplyVersion(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Staged:
-    """Weights on the draft's device, checked."""
+    """A version's weights on the draft's device, checked."""
 
-    version: int
+    request: StageVersion
     weights: dict[str, torch.Tensor]
 
 
@@ -73,30 +74,44 @@ def read_version(path: str, digest: str, names: frozenset[str]) -> dict[str, tor
 
 
 class Swapper:
-    """Holds the draft of one rank. `stage` runs anywhere, `apply` on the scheduler's thread only.
+    """Holds the draft of one rank. `stage` runs anywhere, `put` and `apply` on the scheduler's thread only.
 
-    shapes: canonical name -> shape of the draft this server was started with.
+    shapes: canonical name -> shape of the draft this server was started with. in_service: that draft.
+    agree: whether a statement holds on every rank; a collective on the scheduler's threads.
     """
 
-    def __init__(self, scheduler: Any, shapes: dict[str, tuple[int, ...]], version: int):
-        self.version = version
+    def __init__(
+        self,
+        scheduler: Any,
+        shapes: dict[str, tuple[int, ...]],
+        in_service: StageVersion,
+        agree: Callable[[bool], bool] = bool,
+    ):
+        self.version = in_service.version
+        """the one that drafts now; another than the incumbent only in a switchback"""
+        self.in_service = in_service
+        """the version last swapped in, or started with"""
         self.num_swaps = 0
         self.last_duration_s = 0.0
         self._scheduler = scheduler
         self._shapes = shapes
-        self._staged: Staged | None = None
+        self._agree = agree
+        self._staged: dict[int, Staged] = {}
         self._staging: threading.Thread | None = None
         self._error: SwapError | None = None
+
+    @property
+    def incumbent(self) -> int:
+        return self.in_service.version
 
     @property
     def model(self) -> Any:
         """SGLang 0.5.23 models/llama_eagle3.py LlamaForCausalLMEagle3."""
         return self._scheduler.draft_worker._draft_worker.draft_runner.model
 
-    def stage(self, request: StageVersion) -> None:
+    def stage(self, request: StageVersion) -> Staged:
         """Read and check a version and move it to the device. Raises: SwapError, see `read_version`."""
-        names = frozenset(self._shapes)
-        weights = read_version(request.path, request.digest, names)
+        weights = read_version(request.path, request.digest, frozenset(self._shapes))
         self._check_map(request.version, weights)
         for name, tensor in weights.items():
             if tuple(tensor.shape) != self._shapes[name]:
@@ -112,7 +127,7 @@ class Swapper:
         }
         if parameter.is_cuda:
             torch.cuda.current_stream(parameter.device).synchronize()
-        self._staged = Staged(request.version, moved)
+        return Staged(request, moved)
 
     def _check_map(self, version: int, weights: dict[str, torch.Tensor]) -> None:
         """The vocabulary map is frozen for a server's life: SGLang reads it once, at start."""
@@ -123,13 +138,15 @@ class Swapper:
         if not torch.equal(offsets, served):
             raise SwapError(f"version {version} has another d2t than the draft in service; nothing was swapped")
 
-    def begin_stage(self, request: StageVersion) -> None:
-        """Stage in a thread; its error waits for `wait_staged`."""
-        self._staged, self._error = None, None
+    def begin_stage(self, *requests: StageVersion) -> None:
+        """Stage in a thread, in place of what was staged before; its error waits for `wait_staged`."""
+        staged: dict[int, Staged] = {}
+        self._staged, self._error = staged, None
 
         def read() -> None:
             try:
-                self.stage(request)
+                for request in requests:
+                    staged[request.version] = self.stage(request)
             except SwapError as error:
                 self._error = error
 
@@ -137,31 +154,62 @@ class Swapper:
         self._staging.start()
 
     def wait_staged(self) -> None:
-        """Raises: SwapError where staging failed."""
+        """Raises: SwapError where staging failed on this rank."""
         if self._staging is not None:
             self._staging.join()
         if self._error is not None:
             raise self._error
 
+    def check_staged(self, version: int) -> None:
+        """On every rank at the same iteration. Raises: SwapError, on all of them, where one has it not staged."""
+        refusal: SwapError | None = None
+        try:
+            self.wait_staged()
+            if version not in self._staged:
+                refusal = SwapError(f"version {version} is not staged; nothing was swapped")
+        except SwapError as error:
+            refusal = error
+        if not self._agree(refusal is None):
+            self._staged = {}
+            raise refusal or SwapError(
+                f"another rank could not stage version {version}, its log says why; nothing was swapped"
+            )
+
     def apply(self, request: ApplyVersion) -> None:
-        """Copy the staged weights into the draft. Raises: SwapError where another version is staged."""
-        self.wait_staged()
-        staged = self._staged
-        if staged is None or staged.version != request.version:
-            raise SwapError(f"version {request.version} is not staged; nothing was swapped")
+        """Make the staged version the incumbent. Raises: SwapError where a rank has it not staged."""
+        self.check_staged(request.version)
         began_s = time.perf_counter()
+        staged = self._staged[request.version]
+        is_target_unchanged = self._copy(staged)
+        self.version, self.in_service = request.version, staged.request
+        self.num_swaps += 1
+        self._staged = {}
+        self.last_duration_s = time.perf_counter() - began_s
+        if not is_target_unchanged:
+            raise _target_changed(request.version)
+
+    def put(self, version: int) -> None:
+        """Let a staged version draft; it stays staged, and the incumbent the incumbent."""
+        self.version = version  # first: a copy that breaks off must not pass for what it overwrote
+        if not self._copy(self._staged[version]):
+            raise _target_changed(version)
+
+    def drop_residents(self) -> None:
+        """Free what is staged."""
+        self._staged = {}
+
+    def _copy(self, staged: Staged) -> bool:
+        """Into the draft's storage, ordered between two forwards. False where the target's table is another then."""
         is_cuda = next(self.model.parameters()).is_cuda
         with torch.cuda.stream(self._scheduler.forward_stream) if is_cuda else contextlib.nullcontext():
             before = self._shared_checksum()
             self.model.load_weights(list(staged.weights.items()))
-            after = self._shared_checksum()
-        self.version = request.version
-        self.num_swaps += 1
-        self._staged = None
-        self.last_duration_s = time.perf_counter() - began_s
-        if before != after:
-            raise SwapError(f"version {request.version} changed the target's embedding table; restart the server now")
+            return before == self._shared_checksum()
 
     def _shared_checksum(self) -> float:
         """Of the embedding table, which the draft shares with the target."""
         return float(self.model.model.embed_tokens.weight.detach().sum(dtype=torch.float64))
+
+
+def _target_changed(version: int) -> SwapError:
+    return SwapError(f"version {version} changed the target's embedding table; restart the server now")

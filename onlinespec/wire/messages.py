@@ -25,15 +25,22 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
     num_aux: int
     """captured hidden states per row"""
     num_draft_steps: int
+    """the greatest depth there is; the one of now is `depth`"""
     greedy_verify: bool
     """True where the verifier is greedy whatever the request's temperature (CPU)"""
     capture: bool
     capture_refused: str
     """why rows are not captured; empty when they are"""
     version: int
-    """draft version in service"""
+    """draft version in service; in a switchback the incumbent"""
     generation_prompt: list[int]
     """tokens the chat template writes before an answer; empty where there is no template"""
+    depth: int = 0
+    """draft steps of the next decode step; 0 means that nothing is drafted"""
+    depths: list[int] = []
+    """what `SetDepth` may choose from; one where the depth is fixed"""
+    depth_refused: str = ""
+    """why the depth is fixed; empty where it is not"""
 
 
 class RequestStarted(msgspec.Struct, tag=True, frozen=True):
@@ -67,7 +74,7 @@ class Segment(msgspec.Struct, array_like=True, frozen=True):
     num_teacher_rows: int
     """the last so many rows have a teacher"""
     num_drafted: int
-    """tokens drafted for this verify step; 0 for prefill"""
+    """tokens drafted for this verify step; 0 for prefill, and at depth 0"""
     num_correct: int
     """drafted tokens the verifier accepted, before truncation by a stop"""
     version: int
@@ -98,15 +105,49 @@ class RequestEnded(msgspec.Struct, tag=True, frozen=True):
     time_s: float
 
 
+class BlockEnded(msgspec.Struct, tag=True, frozen=True):
+    """A whole block of a switchback; one that was cut short is not told.
+
+    The first step of each block is left out, whether the version changed there or not: its first drafted
+    tokens are those of the block before, and blocks must be alike. Requests are counted once per step, so
+    num_tokens / num_requests is the accept length and num_requests / num_steps the mean of running requests.
+    """
+
+    candidate: int
+    """version on trial; with `seed` it names the switchback"""
+    seed: int
+    pair: int
+    index: int
+    """0 or 1: first or second of its pair"""
+    version: int
+    """that drafted"""
+    num_draft_steps: int
+    num_steps: int
+    """decode steps whose tokens were counted"""
+    num_tokens: int
+    """that they committed, over all requests"""
+    num_requests: int
+    num_timed_steps: int
+    """of these, the ones followed by another step of the block with no prefill, pause or idleness between"""
+    num_timed_tokens: int
+    wall_us: int
+    """of the timed steps: from one decode iteration of the scheduler to the next"""
+
+
 class Heartbeat(msgspec.Struct, tag=True, frozen=True):
-    """Counters of the tap since the server started, and running_requests, the number there are now; sent about once
-    a second."""
+    """Counters since the server started, and running_requests, the number there are now; sent about once a second.
+
+    `decode_{steps,tokens,requests,us}_d<depth>_b<load>` are what comparable decode steps cost and brought, by draft
+    depth and by batch size rounded down to a power of two, in microseconds; `decode_us / decode_steps` is the cost
+    of a step. `target_updates` and `draft_updates` are weight updates begun by others, target and draft.
+    """
 
     version: int
+    """in service; in a switchback the incumbent"""
     counters: dict[str, int]
 
 
-SampleMessage = Hello | RequestStarted | Rows | RequestEnded | Heartbeat
+SampleMessage = Hello | RequestStarted | Rows | RequestEnded | BlockEnded | Heartbeat
 
 
 class GetHello(msgspec.Struct, tag=True, frozen=True):
@@ -136,13 +177,42 @@ class SetCapture(msgspec.Struct, tag=True, frozen=True):
     """share of requests, from those on that are seen next; None leaves it as it is"""
 
 
-ControlRequest = GetHello | GetStatus | Swap | SetCapture
+class StartSwitchback(msgspec.Struct, tag=True, frozen=True):
+    """Let a candidate and the version in service draft in turns: pairs of adjacent blocks, their order tossed.
+
+    Ends after `num_pairs`, on `StopSwitchback`, at a `Swap`, and when anything fails; always with the version
+    that was in service. Sent again while it runs it changes nothing.
+    """
+
+    version: int
+    """the candidate"""
+    path: str
+    digest: str
+    block_steps: Annotated[int, msgspec.Meta(ge=3, le=1_000_000)]
+    """decode steps of a block; the first is not counted, the last not timed"""
+    num_pairs: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+    """of the coins"""
+
+
+class StopSwitchback(msgspec.Struct, tag=True, frozen=True):
+    """End the switchback; nothing where none runs."""
+
+
+class SetDepth(msgspec.Struct, tag=True, frozen=True):
+    """Draft so many tokens per verify step from the next one on; ends a switchback where it changes anything."""
+
+    num_steps: Annotated[int, msgspec.Meta(ge=0, le=64)]
+
+
+ControlRequest = GetHello | GetStatus | Swap | SetCapture | StartSwitchback | StopSwitchback | SetDepth
 
 
 class Status(msgspec.Struct, tag=True, frozen=True):
     """State of the plugin."""
 
     version: int
+    """in service; in a switchback the incumbent"""
     num_swaps: int
     capture: bool
     fuse: Literal["closed", "open", "half-open"]
@@ -150,10 +220,18 @@ class Status(msgspec.Struct, tag=True, frozen=True):
     counters: dict[str, int]
     sample_frac: float = 1.0
     """share of requests that are captured while `capture` is on"""
+    switchback: int = 0
+    """candidate that takes turns with `version`; 0 where no switchback runs"""
+    depth: int = 0
+    """draft steps of the next decode step"""
+    depths: list[int] = []
+    """what `SetDepth` may choose from"""
+    target_updates: int = 0
+    """updates of the target's weights begun since the start; one that failed may have written a part"""
 
 
 class Ack(msgspec.Struct, tag=True, frozen=True):
-    """The one answer to a `Swap` or `SetCapture`."""
+    """The one answer to a request that changes something."""
 
     is_ok: bool
     message: str = ""

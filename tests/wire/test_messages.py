@@ -21,6 +21,7 @@ from onlinespec.wire.messages import (
     RequestEnded,
     SampleMessage,
     SetCapture,
+    StartSwitchback,
     Swap,
     decode_reply,
     decode_request,
@@ -47,7 +48,8 @@ def values_of(kind: Any) -> st.SearchStrategy:
     if origin in (types.UnionType, typing.Union):
         return st.one_of([values_of(arg) for arg in args])
     if origin is typing.Annotated:
-        return values_of(args[0]).filter(lambda value: 0 <= value <= 1)
+        bounds, draw = args[1], st.integers if args[0] is int else st.floats
+        return draw(bounds.ge, bounds.le)
     if origin is Literal:
         return st.sampled_from(args)
     if origin is list:
@@ -127,6 +129,15 @@ def test_each_stream_decodes_its_own_messages_only():
 def test_a_share_of_requests_that_is_none_is_refused(share: float):
     with pytest.raises(WireError, match="control request"):
         decode_request(encode(SetCapture(True, share)))
+
+
+@pytest.mark.parametrize("change", [{"block_steps": 2}, {"num_pairs": 0}, {"seed": -1}])
+def test_a_switchback_that_could_compare_nothing_is_refused(change: dict[str, int]):
+    sound = StartSwitchback(2, "p", "d", block_steps=3, num_pairs=1, seed=0)
+    assert decode_request(encode(sound)) == sound
+
+    with pytest.raises(WireError, match=next(iter(change))):
+        decode_request(encode(msgspec.structs.replace(sound, **change)))
 
 
 def test_to_switch_capture_without_a_share_leaves_it_as_it_is():
