@@ -1,56 +1,38 @@
-"""From a frozen candidate to a swap: the gate's one customer.
+"""From a frozen candidate to a swap, and on watch after it: the gate's one customer.
 
-One candidate at a time. Its weights are frozen as the bytes that would be published, so the digest that is
-judged is the digest that is served. A promotion is decided, swapped and written down under the journal's
-lock: a rollback by an operator cannot come between.
+One candidate at a time: a race on held-out requests, then a trial in live traffic, then promotion. Its weights are
+frozen as the bytes that would be published, so the digest that is judged is the digest that is served. What is in
+service is watched by the guard, on the same walks.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 import torch
 from safetensors.torch import save
 
 from onlinespec.config import Config
-from onlinespec.draft.checkpoint import read_draft, write_draft
-from onlinespec.draft.config import DraftConfig
+from onlinespec.depth import DepthKeeper
 from onlinespec.draft.header import digest_of_bytes
 from onlinespec.draft.model import Draft
 from onlinespec.draft.sample import Sample, VerifySteps
 from onlinespec.draft.walk import accept_walk, matches_each
 from onlinespec.gate.budget import candidate_alpha, may_start
+from onlinespec.gate.canary import CanaryVerdict
+from onlinespec.gate.guard import GuardVerdict
 from onlinespec.gate.race import Race
 from onlinespec.gate.slices import slice_labels
 from onlinespec.gate.verdict import Verdict, Walked, barred_reason, fidelity_of
 from onlinespec.launch import Launch
 from onlinespec.paths import RunPaths
-from onlinespec.versions.journal import (
-    Journal,
-    Judged,
-    Promoted,
-    Published,
-    RaceStarted,
-    SwapFailed,
-    Withheld,
-)
-from onlinespec.versions.manifest import Provenance
-from onlinespec.versions.state import JournalState, rollback_from, state_of
-from onlinespec.versions.store import VersionStore
-from onlinespec.wire.messages import GetHello, Hello, Swap
+from onlinespec.service import Candidate, Service
+from onlinespec.trial import Trial, switchback_order
+from onlinespec.versions.journal import CanaryEnded, Judged, RaceStarted, SwapFailed
+from onlinespec.versions.manifest import Manifest, Provenance
+from onlinespec.watch import Watch
+from onlinespec.wire.messages import BlockEnded, Hello, StopSwitchback
 from onlinespec.wire.sockets import ControlClient
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Frozen weights and what shaped them."""
-
-    digest: str
-    weights: dict[str, torch.Tensor]
-    draft: Draft
-    provenance: Provenance
 
 
 def walked(steps: VerifySteps, end: int, num_steps: int) -> Walked:
@@ -65,7 +47,7 @@ def walked(steps: VerifySteps, end: int, num_steps: int) -> Walked:
 
 
 class Promoter:
-    """Holds the incumbent's shadow and the race under way. Shapes: embed_VD the target's embedding table."""
+    """Holds the race or trial under way, and the guard. Shapes: embed_VD the target's embedding table."""
 
     def __init__(
         self,
@@ -73,119 +55,139 @@ class Promoter:
         config: Config,
         launch: Launch,
         control: ControlClient,
+        hello: Hello,
         embed_VD: torch.Tensor,
         was_trained_on: Callable[[tuple[int, ...]], bool],
     ):
         self.race: Race | None = None
+        self.trial: Trial | None = None
+        self.watch: Watch | None = None
         self.has_moved = False
         """another hand put a version in service since this was last set to False"""
         self.num_incomplete = 0
         """held-out requests that were not walked for want of rows"""
         self.last_verdict: Verdict | None = None
-        self._paths = paths
+        self.last_trial: CanaryVerdict | None = None
+        self.last_harm: GuardVerdict | None = None
+        control.acknowledged(StopSwitchback())  # of a sidecar before this one
+        self.service = Service(paths, config.versions, launch, control)
+        starts_at_zero = self.service.is_fresh
+        self.depth = DepthKeeper(config.floor, hello, control, self.service.journal, starts_at_zero=starts_at_zero)
         self._config = config
-        self._launch = launch
+        self._num_draft_steps = launch.num_draft_steps
         self._control = control
         self._embed_VD = embed_VD
         self._was_trained_on = was_trained_on
-        self._journal = Journal(paths)
-        self._store = VersionStore(paths)
         self._candidate: Candidate | None = None
-        self._journal_bytes = -1
-        self.state = JournalState()
-        self.version = 0
-        self.draft_config: DraftConfig
-        self._incumbent: Draft
-        self._reconcile()
-        self.sync()
-        self.has_moved = False
+        """of the race or of the trial"""
+        self._published: Manifest | None = None
+        """of the candidate on trial"""
+        self._start_watch(self.service.parent())
 
-    def _reconcile(self) -> None:
-        """A crash between the server's ack and the journal's line: the server is right, and is asked under the lock."""
-        with self._journal.decision():
-            hello = self._control.request(GetHello())
-            assert isinstance(hello, Hello), hello
-            events = self._journal.read()
-            state = state_of(events)
-            if state.incumbent in (None, hello.version):
-                return
-            published = [event.version for event in events if isinstance(event, Published)]
-            settled = {event.version for event in events if isinstance(event, Promoted | SwapFailed)}
-            if hello.version == published[-1] and hello.version not in settled:
-                event = Promoted(time_s=time.time(), version=hello.version, from_version=state.incumbent, by="gate")
-                self._journal.append(event)
-            else:
-                self._journal.append(rollback_from(state, hello.version, "operator", time.time()))
+    @property
+    def is_busy(self) -> bool:
+        """A candidate is being judged."""
+        return self.race is not None or self.trial is not None
 
     def sync(self) -> None:
-        """Follow the journal: where another hand changed the version in service, its weights are the shadow now."""
-        size = self._paths.journal.stat().st_size
-        if size == self._journal_bytes:
-            return
-        self._journal_bytes = size
-        self.state = state_of(self._journal.read())
-        assert self.state.incumbent is not None, "serve writes the version it started with before the sidecar starts"
-        if self.state.incumbent == self.version:
-            return
-        self.version = self.state.incumbent
-        self.draft_config, weights = read_draft(self._paths.version(self.version))
-        self._incumbent = Draft(self.draft_config, weights)
-        self.race = self._candidate = None
+        """Follow the journal: where another hand changed the version in service, what was judged is void."""
+        if self.service.sync():
+            self._withdraw(f"version {self.service.version} came into service meanwhile")
+            self._moved()
+
+    def _moved(self) -> None:
+        self._start_watch(self.service.parent())
+        self.depth.swapped()
         self.has_moved = True
 
-    def incumbent_weights(self) -> dict[str, torch.Tensor]:
-        return self._incumbent.weights()
+    def _withdraw(self, reason: str) -> None:
+        """End the trial; forget the race, whose level is spent."""
+        if self.trial is not None:
+            self._end_trial(self.trial.canary.withdraw(reason, now_s=time.time()))
+        self.race = self._candidate = None
+
+    def _start_watch(self, parent: tuple[int, Draft] | None) -> None:
+        """Guard the version in service against its parent, where that is known."""
+        self.watch = None
+        if self._config.guard.enabled and parent is not None:
+            number, draft = parent
+            guard, version, num_steps = self._config.guard, self.service.version, self._num_draft_steps
+            self.watch = Watch(guard, version, number, draft, num_steps, time.time())
 
     def freeze(self, weights: dict[str, torch.Tensor], provenance: Provenance) -> None:
         """Start a race for these weights; barred ones are passed over, and all while paused or over budget."""
         self.sync()
-        if self.state.is_paused:
+        state, gate = self.service.state, self._config.gate
+        if state.is_paused:
             return
         digest = digest_of_bytes(save(weights))
-        incumbent_digest = self.state.digests[self.version]
-        if barred_reason(digest, self.state.barred) or digest == incumbent_digest:
+        incumbent_digest = state.digests[self.service.version]
+        if barred_reason(digest, state.barred) or digest == incumbent_digest:
             return
-        gate, now_s = self._config.gate, time.time()
-        races = [(event.time_s, event.alpha) for event in self._journal.read() if isinstance(event, RaceStarted)]
+        now_s, events = time.time(), self.service.journal.read()
+        races = [(event.time_s, event.alpha) for event in events if isinstance(event, RaceStarted)]
         if not may_start(now_s, races, gate):
             return
         alpha = candidate_alpha(now_s, races, gate)
-        self._journal.append(RaceStarted(time_s=now_s, candidate_digest=digest, alpha=alpha))
-        self._candidate = Candidate(digest, weights, Draft(self.draft_config, weights), provenance)
+        self.service.append(RaceStarted(time_s=now_s, candidate_digest=digest, alpha=alpha))
+        self._candidate = Candidate(digest, weights, Draft(self.service.draft_config, weights), provenance)
         self.race = Race(
             digest,
             incumbent_digest,
-            self._launch.num_draft_steps,
+            self._num_draft_steps,
             alpha,
             gate,
             frozen_at_s=time.time(),
             was_trained_on=self._was_trained_on,
         )
 
-    def observe(self, sample: Sample, cluster: int | None) -> Verdict | None:
-        """Walk a held-out request with both drafts; the verdict where it decides the race.
+    def observe(self, sample: Sample, cluster: int | None, is_held_out: bool) -> Verdict | None:
+        """Walk a finished request once, with every draft it says something of; the verdict where it decides the race.
 
         cluster: the task cluster it belongs to; None before there are any.
         """
         self.sync()
-        if self.race is None or self._candidate is None:
+        drafts = self._drafts_for(sample, is_held_out)
+        if not drafts:
             return None
+        found = matches_each(list(drafts.values()), sample, self._embed_VD, self._num_draft_steps)
+        matches = dict(zip(drafts, found, strict=True))
+        if is_held_out:
+            incumbent = self._walked(matches["incumbent"], sample)
+            self.depth.accepted(incumbent.tokens, incumbent.steps)
+        if self.watch is not None:
+            harm = self.watch.observe(sample, matches["incumbent"], matches.get("parent"), time.time())
+            if harm is not None:
+                self._roll_back(harm)
+                return None
+        return self._observe_race(sample, cluster, matches) if "candidate" in matches else None
+
+    def _drafts_for(self, sample: Sample, is_held_out: bool) -> dict[str, Draft]:
+        """Who is to walk this request, the incumbent first; none where nobody learns from it."""
         if sample.missing_prompt_frac > self._config.gate.max_missing_frac:
-            self.num_incomplete += 1
-            return None
-        if not self.race.admits(sample.started_s, sample.group, sample.answer_key):
-            return None
-        num_steps, end = self._launch.num_draft_steps, sample.num_tokens - 1
-        drafts = [self._incumbent, self._candidate.draft]
-        walks = [
-            accept_walk(matches, sample.num_prompt_tokens, end, num_steps)
-            for matches in matches_each(drafts, sample, self._embed_VD, num_steps)
-        ]
-        incumbent, candidate = (walked(walk, end, num_steps) for walk in walks)
+            self.num_incomplete += is_held_out
+            return {}
+        drafts = {}
+        if is_held_out and self.watch is not None:
+            drafts["parent"] = self.watch.parent
+        if is_held_out and self._candidate is not None and self._is_admitted(sample):
+            drafts["candidate"] = self._candidate.draft
+        is_wanted = drafts or self.watch is not None or (is_held_out and self.depth.is_on)
+        return {"incumbent": self.service.draft, **drafts} if is_wanted else {}
+
+    def _is_admitted(self, sample: Sample) -> bool:
+        return self.race is not None and self.race.admits(sample.started_s, sample.group, sample.answer_key)
+
+    def _walked(self, matches_RK: torch.Tensor, sample: Sample) -> Walked:
+        num_steps, end = self._num_draft_steps, sample.num_tokens - 1
+        return walked(accept_walk(matches_RK, sample.num_prompt_tokens, end, num_steps), end, num_steps)
+
+    def _observe_race(self, sample: Sample, cluster: int | None, matches: dict[str, torch.Tensor]) -> Verdict | None:
+        assert self.race is not None
         verdict = self.race.observe(
             sample.request,
-            incumbent,
-            candidate,
+            self._walked(matches["incumbent"], sample),
+            self._walked(matches["candidate"], sample),
             sample.group,
             started_s=sample.started_s,
             now_s=time.time(),
@@ -201,7 +203,9 @@ class Promoter:
         return verdict
 
     def expire(self, now_s: float) -> None:
-        """Give up a race that has found too little traffic."""
+        """Give up a race or a trial that has found too little traffic."""
+        if self.trial is not None and (withdrawn := self.trial.canary.expire(now_s)) is not None:
+            self._end_trial(withdrawn)
         limit_s = self._config.gate.max_race_s
         if self.race is not None and now_s - self.race.frozen_at_s > limit_s:
             self._conclude(self.race.withdraw(f"undecided after {limit_s:.0f} s", now_s=now_s))
@@ -220,50 +224,72 @@ class Promoter:
         assert candidate is not None
         self.last_verdict = verdict
         evidence = msgspec.to_builtins(verdict)
-        self._journal.append(Judged(time_s=time.time(), candidate_digest=candidate.digest, verdict=evidence))
-        if verdict.decision == "promote":
-            with self._journal.decision():
-                self._promote(candidate, evidence)
-
-    def _promote(self, candidate: Candidate, evidence: dict) -> None:
-        state = state_of(self._journal.read())
-        forbidden = state.hold or barred_reason(candidate.digest, state.barred)
-        if state.incumbent != self.version:
-            forbidden = f"version {state.incumbent} came into service meanwhile"
-        if forbidden:
-            self._journal.append(Withheld(time_s=time.time(), candidate_digest=candidate.digest, reason=forbidden))
+        self.service.append(Judged(time_s=time.time(), candidate_digest=candidate.digest, verdict=evidence))
+        if verdict.decision != "promote" or self.service.is_forbidden(candidate):
             return
+        manifest = self.service.publish(candidate, evidence)
+        if self._config.canary.enabled and self.depth.num_steps:
+            self._start_trial(candidate, manifest)
+        else:
+            self._promote(candidate, manifest)
 
-        def write(folder: Path) -> None:
-            write_draft(folder, self.draft_config, candidate.weights)
-
-        self._retain(state)  # first: others may have filled the disk since the last promotion
-        manifest = self._store.publish(
-            write,
-            parent=self.version,
-            target_digest=self._launch.target_digest,
-            provenance=candidate.provenance,
-            created_s=time.time(),
-            verdict=evidence,
+    def _start_trial(self, candidate: Candidate, manifest: Manifest) -> None:
+        config, version = self._config, manifest.version
+        order = switchback_order(config.canary, version, self.service.weights_path(version), manifest.digest)
+        trial = Trial(
+            self._control,
+            config.canary,
+            order,
+            self.service.version,
+            self._num_draft_steps,
+            is_kv_stable=config.trainer.kv_mode == "stable" and not config.trainer.kv_free_steps,
+            now_s=time.time(),
         )
-        assert manifest.digest == candidate.digest, "what was judged is not what was written"
-        published = Published(
-            time_s=time.time(), version=manifest.version, digest=manifest.digest, parent=manifest.parent
-        )
-        self._journal.append(published)
-        ack = self._control.acknowledged(
-            Swap(manifest.version, str(self._paths.version(manifest.version)), manifest.digest)
-        )
+        ack = trial.start()
         if not ack.is_ok:
-            self._journal.append(SwapFailed(time_s=time.time(), version=manifest.version, reason=ack.message))
+            self.service.append(SwapFailed(time_s=time.time(), version=version, reason=ack.message))
             return
-        self._journal.append(
-            Promoted(time_s=time.time(), version=manifest.version, from_version=self.version, by="gate")
-        )
-        self.version = manifest.version
-        self._incumbent = candidate.draft
-        self._retain(state_of(self._journal.read()))
+        self.trial, self._candidate, self._published = trial, candidate, manifest
 
-    def _retain(self, state: JournalState) -> None:
-        if notice := self._store.retain(self._config.versions, state).notice:
-            print(f"onlinespec sidecar: {notice}", flush=True)
+    def block(self, message: BlockEnded) -> None:
+        """Take a block of the trial; promote or refuse where it decides."""
+        self.sync()
+        if self.trial is not None and (verdict := self.trial.observe(message, time.time())) is not None:
+            self._end_trial(verdict)
+
+    def _end_trial(self, verdict: CanaryVerdict) -> None:
+        trial, candidate, manifest = self.trial, self._candidate, self._published
+        assert trial is not None
+        assert candidate is not None
+        assert manifest is not None
+        self.trial = self._candidate = self._published = None
+        self.last_trial = verdict
+        trial.stop()
+        evidence = msgspec.to_builtins(verdict)
+        event = CanaryEnded(time_s=time.time(), version=trial.version, decision=verdict.outcome, evidence=evidence)
+        self.service.append(event)
+        if verdict.is_passed:
+            self._promote(candidate, manifest)
+
+    def _promote(self, candidate: Candidate, manifest: Manifest) -> None:
+        parent = self.service.version, self.service.draft
+        if self.service.promote(candidate, manifest):
+            self._start_watch(parent)
+            self.depth.swapped()
+
+    def _roll_back(self, harm: GuardVerdict) -> None:
+        """Its evidence began anew where it was not carried out."""
+        self.last_harm = harm
+        refusal = self.service.roll_back(harm)
+        outcome = f"not rolled back: {refusal}" if refusal else "rolled back"
+        print(f"onlinespec sidecar: version {harm.version} {outcome}; {harm.reason}", flush=True)
+        self._start_watch(self.service.parent())
+        self.sync()
+
+    def change_target(self, num_updates: int) -> None:
+        """The server's target has other weights: what was shown was shown of another target."""
+        self.sync()
+        self._withdraw("the target's weights changed")
+        self.service.change_target(num_updates)
+        self._start_watch(self.service.parent())
+        self.depth.swapped()

@@ -50,6 +50,7 @@ from typing import Literal
 import msgspec
 
 from onlinespec.config import GuardConfig
+from onlinespec.gate.verdict import Walked
 
 Age = Literal["clean", "aged", "excluded"]
 Harm = Literal["quality", "integrity"]
@@ -60,18 +61,6 @@ _BET_SHARES = (1.0, 0.5, 0.25, 0.125)
 """of the largest bet: half a tolerance of excess wants the smallest, a dead draft the largest"""
 _MAX_GROUPS = 4096
 _RECENT = 32
-
-
-@dataclass(frozen=True)
-class Walked:
-    """Tokens committed over verify steps of one request, bonus tokens counted: live or walked."""
-
-    tokens: int
-    steps: int
-
-    @property
-    def accept_length(self) -> float:
-        return self.tokens / self.steps
 
 
 @dataclass(frozen=True)

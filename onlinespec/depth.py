@@ -1,0 +1,71 @@
+"""Sets the server's draft depth by measured cost: feeds the floor from heartbeats and walks, and carries out its word.
+
+A server that restarts drafts at full depth again, and so does this.
+"""
+
+import re
+import time
+from collections.abc import Mapping
+
+from onlinespec.config import FloorConfig
+from onlinespec.errors import SwapError
+from onlinespec.gate.floor import Floor, WantedDepth
+from onlinespec.versions.journal import DepthChanged, Journal
+from onlinespec.wire.messages import Hello, SetDepth
+from onlinespec.wire.sockets import ControlClient
+
+_COST = re.compile(r"decode_steps_d(\d+)_b(\d+)")
+
+
+class DepthKeeper:
+    """See the module's docstring. starts_at_zero: the draft is fresh, and drafts nothing until it pays."""
+
+    def __init__(
+        self, config: FloorConfig, hello: Hello, control: ControlClient, journal: Journal, *, starts_at_zero: bool
+    ):
+        self.is_on = config.enabled and not hello.depth_refused
+        self.wanted: WantedDepth | None = None
+        """what the floor said last; None before its first word, or where it is off"""
+        self._control = control
+        self._journal = journal
+        self._num_draft_steps = hello.num_draft_steps
+        self.num_steps = hello.depth
+        """the server's depth now"""
+        self._settled = hello.depth
+        """depth that the journal knows, probes apart"""
+        self._floor = Floor(config, hello.num_draft_steps, starts_at_zero=starts_at_zero)
+        self._costs: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def costs(self, counters: Mapping[str, int], now_s: float) -> None:
+        """Take a heartbeat's counters: decode steps and microseconds since the server's start, by depth and load."""
+        for name in counters:
+            if not (found := _COST.fullmatch(name)):
+                continue
+            key = depth, load = int(found[1]), int(found[2])
+            steps, wall_us = counters[name], counters.get(f"decode_us_d{depth}_b{load}", 0)
+            steps_before, us_before = self._costs.get(key, (steps, wall_us))
+            self._costs[key] = steps, wall_us
+            self._floor.observe_cost(depth, load, steps - steps_before, (wall_us - us_before) * 1e-6, now_s=now_s)
+
+    def accepted(self, num_tokens: int, num_steps: int) -> None:
+        """Take the incumbent's walk over a held-out request."""
+        self._floor.observe_accept(num_tokens, num_steps)
+
+    def swapped(self) -> None:
+        """Another draft is in service."""
+        self._floor.swapped()
+
+    def keep(self, running_requests: int, now_s: float) -> None:
+        """At every look while no switchback runs: set what the floor wants. Raises: SwapError where the server refuses."""
+        if not self.is_on:
+            return
+        self.wanted = wanted = self._floor.decide(running_requests, now_s)
+        if wanted.depth != self.num_steps:
+            ack = self._control.acknowledged(SetDepth(wanted.depth))
+            if not ack.is_ok:
+                raise SwapError(f"the server refused draft depth {wanted.depth}: {ack.message}")
+            self.num_steps = wanted.depth
+        if wanted.num_steps is None and wanted.depth != self._settled:
+            self._settled = wanted.depth
+            event = DepthChanged(time_s=time.time(), num_steps=wanted.depth, by="floor", reason=wanted.reason)
+            self._journal.append(event)

@@ -1,0 +1,65 @@
+"""Feeds the guard: requests that the draft in service answered, beside its own walk and its parent's.
+
+Shapes: R draft rows of an answer, K draft steps.
+"""
+
+import torch
+
+from onlinespec.config import GuardConfig
+from onlinespec.draft.model import Draft
+from onlinespec.draft.sample import Sample
+from onlinespec.draft.walk import accept_walk
+from onlinespec.gate.guard import Guard, GuardVerdict, WatchedRequest, watched_steps
+from onlinespec.gate.verdict import Walked
+
+
+class Watch:
+    """The guard of one version. parent: its shadow. in_service_s: the server's wall clock when the version came."""
+
+    def __init__(
+        self,
+        config: GuardConfig,
+        version: int,
+        parent_version: int,
+        parent: Draft,
+        num_draft_steps: int,
+        in_service_s: float,
+    ):
+        self.parent = parent
+        self.guard = Guard(config, version, parent_version)
+        self._num_draft_steps = num_draft_steps
+        self._in_service_s = in_service_s
+
+    def observe(
+        self, sample: Sample, matches_RK: torch.Tensor, parent_RK: torch.Tensor | None, now_s: float
+    ) -> GuardVerdict | None:
+        """Take one finished request; the verdict where it shows harm.
+
+        Shapes: bool [R, K] of the version in service and of its parent (`draft.walk.matches_each`); parent_RK is None
+        for a request that is not held out.
+        """
+        verify = sample.verify
+        age, first = watched_steps(
+            verify.version,
+            verify.is_mixed,
+            verify.num_drafted,
+            version=self.guard.version,
+            num_draft_steps=self._num_draft_steps,
+            is_complete=sample.is_complete,
+            # What the server had cached may be of any age; a prompt read before the swap is of an older draft's.
+            has_stale_prefix=sample.started_s <= self._in_service_s or sample.num_completed_rows > 0,
+        )
+        live = expected = shadow = None
+        if age != "excluded":
+            live = Walked(sum(verify.num_committed[first:]), len(verify) - first)
+            expected = self._walked(matches_RK, sample, verify.start[first])
+        if parent_RK is not None:
+            shadow = self._walked(matches_RK, sample, sample.num_prompt_tokens)
+        parent = None if parent_RK is None else self._walked(parent_RK, sample, sample.num_prompt_tokens)
+        return self.guard.observe(WatchedRequest(sample.group, age, shadow, parent, live, expected), now_s=now_s)
+
+    def _walked(self, matches_RK: torch.Tensor, sample: Sample, start: int) -> Walked:
+        """From the verify step at position `start` on."""
+        rows_rK = matches_RK[start - sample.num_prompt_tokens :]
+        steps = accept_walk(rows_rK, start, sample.num_tokens - 1, self._num_draft_steps)
+        return Walked(sum(steps.num_committed), len(steps))
