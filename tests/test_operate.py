@@ -343,6 +343,16 @@ def test_a_server_that_serves_another_version_than_the_journal_says_is_put_right
     assert (server.version, num_events(paths)) == (3, before)
 
 
+def test_a_pin_that_the_server_does_not_keep_is_put_right_without_an_event(paths: RunPaths, server: FakeServer):
+    told(paths, "pin", "3")
+    server.version = 2
+    before = num_events(paths)
+
+    told(paths, "pin", "3")
+
+    assert (server.version, num_events(paths)) == (3, before)
+
+
 def test_a_server_that_lives_and_does_not_answer_is_an_error(paths: RunPaths, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("onlinespec.operate._ANSWER_S", 0.1)
 
