@@ -56,7 +56,7 @@ class DepthKeeper:
         self._floor.swapped()
 
     def keep(self, running_requests: int, now_s: float) -> None:
-        """At every look while no switchback runs: set what the floor wants. Raises: SwapError where the server refuses."""
+        """At every look while no switchback runs, set what the floor wants. Raises: SwapError where it is refused."""
         if not self.is_on:
             return
         self.wanted = wanted = self._floor.decide(running_requests, now_s)

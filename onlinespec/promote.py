@@ -293,3 +293,29 @@ class Promoter:
         self.service.change_target(num_updates)
         self._start_watch(self.service.parent())
         self.depth.swapped()
+
+    def status(self) -> dict[str, object]:
+        """What is being judged and watched, for people; JSON-able."""
+        race, trial, guard = self.race, self.trial, self.watch and self.watch.guard
+        verdict, canary, harm, wanted = self.last_verdict, self.last_trial, self.last_harm, self.depth.wanted
+        return {
+            "version": self.service.version,
+            "candidates": self.service.state.num_candidates,
+            "promotions": self.service.state.num_promotions,
+            "race": race
+            and {
+                "requests": race.num_requests,
+                "mean_gain": race.mean_gain_tokens,
+                "e_value": race.e_value,
+                "threshold": 1 / race.alpha,
+            },
+            "trial": trial and {"version": trial.version, "pairs": trial.canary.num_pairs},
+            "guard": guard
+            and {name: round(detector.mean_tokens, 3) for name, detector in guard.detectors.items()}
+            | {"requests": {name: detector.num_requests for name, detector in guard.detectors.items()}},
+            "depth": wanted.reason if wanted else self.depth.num_steps,
+            "last_verdict": verdict and f"{verdict.decision}: {verdict.reason}",
+            "last_trial": canary and f"{canary.outcome}: {canary.reason}",
+            "last_harm": harm and harm.reason,
+            "heldout_incomplete": self.num_incomplete,
+        }

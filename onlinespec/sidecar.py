@@ -41,8 +41,8 @@ from onlinespec.trainer.pace import Pace
 from onlinespec.trainer.prefix import PrefixRows
 from onlinespec.versions.durable import sync_path
 from onlinespec.versions.manifest import Provenance
-from onlinespec.versions.store import VersionStore
 from onlinespec.wire.messages import (
+    BlockEnded,
     GetHello,
     Heartbeat,
     Hello,
@@ -95,17 +95,18 @@ class Sidecar:
             self._config,
             launch,
             self._control,
+            hello,
             embed_VD,
             lambda key: hash(key) in self._trained_answers,
         )
-        weights = self.promoter.incumbent_weights()
-        self.learner = Learner(self._config, self.promoter.draft_config, weights, embed_VD, self._is_fresh())
+        self.service = self.promoter.service
+        weights = self.service.draft.weights()
+        self.learner = Learner(self._config, self.service.draft_config, weights, embed_VD, self.service.is_fresh)
         self.trainer = self.learner.trainer
-        self._target_digest = launch.target_digest
         facts = RowFacts(
             target_digest=launch.target_digest,
             hidden_size=hello.hidden_size,
-            aux_layers=tuple(aux_layers(self.promoter.draft_config, read_target(launch.model).num_layers)),
+            aux_layers=tuple(aux_layers(self.service.draft_config, read_target(launch.model).num_layers)),
             teacher_top_k=self._config.capture.teacher_top_k,
         )
         self._recording = LiveRecording(
@@ -141,7 +142,7 @@ class Sidecar:
                 reported_s = now_s
                 self._assembler.expire(time.time())
                 self.learner.buffer.expire(time.time())
-                self.promoter.expire(time.time())
+                self._keep_watch(time.time())
                 self._recording.poll(time.time())
                 self._report()
             if now_s - saved_s >= self._config.trainer.checkpoint_s:
@@ -189,8 +190,36 @@ class Sidecar:
                 sample = self._assembler.end(message)
                 if sample is not None:
                     self._file(sample)
+            case BlockEnded():
+                self.promoter.block(message)
             case Heartbeat():
-                self._server_counters = message.counters
+                self._heed(message)
+
+    def _heed(self, message: Heartbeat) -> None:
+        """The server's own word: what it serves, what its steps cost, whether its target is what it was."""
+        self._server_counters = message.counters
+        self.promoter.depth.costs(message.counters, time.monotonic())
+        num_updates = message.counters.get("target_updates", 0)
+        if num_updates and num_updates > self.service.num_target_updates():
+            self._forget_target(num_updates)
+        if message.version != self.service.version:
+            self.service.reconcile()
+
+    def _forget_target(self, num_updates: int) -> None:
+        """Rows of the old target, and what was shown on them, say nothing of the new one."""
+        print("onlinespec sidecar: the target's weights changed; rows and evidence are dropped", flush=True)
+        self.promoter.change_target(num_updates)
+        self._assembler.clear()
+        self.learner.buffer.clear()
+        self._trained_answers.clear()
+        self._drift = Drift(self._config.drift)
+        self._frozen_at_step = self.trainer.num_steps
+
+    def _keep_watch(self, now_s: float) -> None:
+        """Once a second: what waits for too little traffic ends; the depth follows its cost."""
+        self.promoter.expire(now_s)
+        if self.promoter.trial is None:
+            self.promoter.depth.keep(self._server_counters.get("running_requests", 0), time.monotonic())
 
     def _file(self, sample: Sample) -> None:
         """To the gate or to the trainer, for good: the side is the conversation's, not the request's.
@@ -204,7 +233,7 @@ class Sidecar:
             self.counters["heldout_samples"] += 1
             cluster = self.learner.buffer.clusters.nearest(pooled(sample.aux_TA, sample.has_aux_T))
             self._watch(sample, cluster)
-            verdict = self.promoter.observe(sample, cluster)
+            verdict = self.promoter.observe(sample, cluster, is_held_out=True)
             if verdict is not None:
                 self.counters[f"verdicts_{verdict.decision}"] += 1
                 self._save()
@@ -215,14 +244,16 @@ class Sidecar:
         if len(self._trained_answers) > _MAX_TRAINED_ANSWERS:
             self._trained_answers.popitem(last=False)
         self._recording.add(sample)
-        self._watch(sample, self.learner.add(sample, time.time()))
+        cluster = self.learner.add(sample, time.time())
+        self._watch(sample, cluster)
+        self.promoter.observe(sample, cluster, is_held_out=False)
 
     def _watch(self, sample: Sample, cluster: int | None) -> None:
         """Drift restores full training and capture at once; a mere change of the mix does not."""
         if cluster is None:
             return
         self._drift.keep_only(self.learner.buffer.clusters.ids)
-        for event in self._drift.observe(cluster, sample.verify, self.promoter.version):
+        for event in self._drift.observe(cluster, sample.verify, self.service.version):
             print(f"onlinespec sidecar: {event}", flush=True)
             if event.kind != "mix":
                 self._pace.drifted()
@@ -256,7 +287,7 @@ class Sidecar:
         if self.trainer.num_steps - self._frozen_at_step < self._config.gate.candidate_steps:
             return
         self.promoter.give_way(time.time())
-        if self.promoter.race is None:
+        if not self.promoter.is_busy:
             self._frozen_at_step = self.trainer.num_steps
             self.promoter.freeze(self.trainer.weights(), self._provenance())
 
@@ -268,14 +299,10 @@ class Sidecar:
             tenants=tuple(sorted(self._tenants)),
         )
 
-    def _is_fresh(self) -> bool:
-        """The version in service is an untrained draft."""
-        return VersionStore(self._paths).manifest(self.promoter.version).provenance.is_fresh
-
     def _follow_operator(self) -> None:
         """Another version came into service: train on from it, not from what was taken back."""
         self.promoter.has_moved = False
-        self.trainer.restart(self.promoter.incumbent_weights(), self._is_fresh())
+        self.trainer.restart(self.service.draft.weights(), self.service.is_fresh)
         self._frozen_at_step = self.trainer.num_steps
 
     def _resume(self) -> None:
@@ -285,7 +312,7 @@ class Sidecar:
         saved = torch.load(self._paths.trainer_state, weights_only=True)
         if saved.get("format") != _STATE_FORMAT:
             return
-        if saved["target_digest"] != self._target_digest or saved["version"] != self.promoter.version:
+        if saved["target_digest"] != self.service.target_digest or saved["version"] != self.service.version:
             return
         self.learner.load_state(saved["learner"])
         self._drift.load_state(saved["drift"])
@@ -299,8 +326,8 @@ class Sidecar:
     def _save(self) -> None:
         state = {
             "format": _STATE_FORMAT,
-            "target_digest": self._target_digest,
-            "version": self.promoter.version,
+            "target_digest": self.service.target_digest,
+            "version": self.service.version,
             "learner": self.learner.state(),
             "drift": self._drift.state(),
             "pace": self._pace.saved(),
@@ -314,11 +341,10 @@ class Sidecar:
         temporary.rename(self._paths.trainer_state)
 
     def _report(self) -> None:
-        race, verdict = self.promoter.race, self.promoter.last_verdict
         steps = self.counters["verify_steps"]
         status = {
             "time_s": time.time(),
-            "version": self.promoter.version,
+            **self.promoter.status(),
             "accept_length": (steps + self.counters["correct_drafts"]) / steps if steps else None,
             "trainer_step": self.trainer.num_steps,
             "training_tokens": self.learner.num_tokens,
@@ -332,18 +358,7 @@ class Sidecar:
             "drift": self._drift.counters,
             "last_drift": self._drift.last and str(self._drift.last),
             "row_shares": self._assembler.row_shares(),
-            "candidates": self.promoter.state.num_candidates,
-            "promotions": self.promoter.state.num_promotions,
-            "race": race
-            and {
-                "requests": race.num_requests,
-                "mean_gain": race.mean_gain_tokens,
-                "e_value": race.e_value,
-                "threshold": 1 / race.alpha,
-            },
-            "last_verdict": verdict and f"{verdict.decision}: {verdict.reason}",
             "recording": self._recording.progress and msgspec.to_builtins(self._recording.progress),
-            "heldout_incomplete": self.promoter.num_incomplete,
             **self.counters,
             **{f"assembler_{name}": count for name, count in self._assembler.counters.items()},
             **{f"server_{name}": count for name, count in self._server_counters.items()},

@@ -32,7 +32,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "record": {"errors", "paths", "launch", "draft", "versions"},
     "offline": {"errors", "config", "draft", "trainer", "gate", "versions", "record", "world"},
     "plugin": {"errors", "config", "resolve", "paths", "wire", "launch", "draft"},
-    "promote": {"errors", "config", "paths", "wire", "launch", "draft", "gate", "versions"},
+    "trial": {"config", "wire", "gate"},
+    "watch": {"config", "draft", "gate"},
+    "depth": {"errors", "config", "wire", "gate", "versions"},
+    "service": {"config", "paths", "wire", "launch", "draft", "gate", "versions"},
+    "promote": {"config", "paths", "wire", "launch", "draft", "gate", "versions"}
+    | {"service", "trial", "watch", "depth"},
     "sidecar": {"errors", "config", "resolve", "paths", "wire", "launch", "draft", "trainer", "gate", "versions"}
     | {"promote", "record"},
     "provision": {"errors", "config", "paths", "draft", "versions"},

@@ -212,6 +212,13 @@ class Assembler:
         total = sum(counts.values())
         return {kind: count / total for kind, count in counts.items()} if total else {}
 
+    def clear(self) -> None:
+        """Forget every row: the target's weights changed. What still comes of requests in flight is passed over."""
+        for request in self._open.values():
+            if not request.is_given_up:
+                self._give_up(request, "samples_of_another_target")
+        self._prefix_rows.clear()
+
     def expire(self, now_s: float) -> None:
         """Drop requests that started more than `ttl_s` ago and never ended."""
         for number, request in list(self._open.items()):
