@@ -7,7 +7,7 @@ from onlinespec.bench.client import Answer, Prompt
 from onlinespec.draft.sample import Sample
 from onlinespec.trainer.assemble import Assembler
 from onlinespec.trainer.prefix import PrefixRows
-from onlinespec.wire.messages import RequestEnded, RequestStarted, Rows
+from onlinespec.wire.messages import BlockEnded, RequestEnded, RequestStarted, Rows
 from onlinespec.wire.sockets import SampleReceiver
 from tests.integration.servers import Server, send
 
@@ -22,6 +22,7 @@ class Capture:
         self.assembler = Assembler(PrefixRows(64 * 2**20), ttl_s=600, max_open_bytes=2**30)
         self.started: list[RequestStarted] = []
         self.ended: list[RequestEnded] = []
+        self.blocks: list[BlockEnded] = []
         self._receiver = SampleReceiver(server.paths.samples_endpoint)
 
     def drain(self, quiet_s: float = QUIET_S) -> list[Sample]:
@@ -29,6 +30,8 @@ class Capture:
         samples, last_s = [], time.monotonic()
         while time.monotonic() - last_s < quiet_s:
             received = self._receiver.receive(0.1)
+            if received is not None and isinstance(received[0], BlockEnded):
+                self.blocks.append(received[0])
             if received is None or not isinstance(received[0], RequestStarted | Rows | RequestEnded):
                 continue
             last_s = time.monotonic()

@@ -27,7 +27,7 @@ from tests.integration.servers import Server, free_port, send, start_ours, start
 
 NUM_IDENTITY_PROMPTS = 100
 IDENTITY_TOKENS = 96
-MODULES = ("test_identity", "test_rows", "test_variants", "test_product", "test_full", "test_drafts")
+MODULES = ("test_identity", "test_rows", "test_switchback", "test_variants", "test_product", "test_full", "test_drafts")
 
 
 def pytest_collection_modifyitems(items) -> None:
@@ -61,7 +61,7 @@ def served(tmp_path_factory, probe_plugin) -> Iterator[Server]:
     server = start_ours(
         tmp_path_factory.mktemp("served"),
         free_port(),
-        sets=["supervisor.sidecar=false"],
+        sets=["supervisor.sidecar=false", "floor.enabled=true"],
         flags=["--chunked-prefill-size", "64"],
         environment=environment,
     )
