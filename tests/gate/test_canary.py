@@ -179,6 +179,27 @@ def test_lost_foreign_shallow_and_unusable_blocks_are_counted_and_no_pair():
     assert verdict.num_dropped_unusable == 3
 
 
+def test_a_pair_is_one_block_of_each_draft_and_counts_once():
+    canary = a_canary()
+    blocks = [
+        a_block(0, CANDIDATE, 2.5),
+        a_block(0, CANDIDATE, 2.5),  # twice
+        a_block(0, INCUMBENT),
+        a_block(0, INCUMBENT),  # the pair comes again
+        a_block(0, CANDIDATE, 3.0),
+        a_block(2, CANDIDATE, 2.5),
+        a_block(1, INCUMBENT),  # late
+        a_block(2, INCUMBENT),
+    ]
+
+    for block in blocks:
+        canary.observe(block, now_s=0.0)
+    verdict = canary.withdraw("the test ends", now_s=1.0)
+
+    assert (verdict.num_pairs, verdict.num_candidate_first, verdict.num_dropped_unpaired) == (2, 2, 4)
+    assert verdict.mean_difference_tokens == pytest.approx(0.5)
+
+
 def test_at_depth_zero_nothing_passes():
     canary = a_canary()
 

@@ -161,6 +161,16 @@ def test_a_conversation_counts_again_once_it_is_long_forgotten():
     assert guard.detectors["quality"].num_requests == 4098
 
 
+def test_a_conversation_that_goes_on_is_not_forgotten():
+    guard = Guard(CONFIG, 2, 1)
+    for number in [*range(4096), 0, 4096]:
+        guard.observe(quality(number, 2.0, 2.0), now_s=0.0)
+
+    guard.observe(quality(0, 2.0, 2.0), now_s=0.0)
+
+    assert guard.num_repeated == 2
+
+
 def test_requests_that_say_nothing_are_counted_and_move_nothing():
     guard = Guard(CONFIG, 2, 1)
 
