@@ -276,6 +276,8 @@ class Promoter:
         if self.service.promote(candidate, manifest):
             self._start_watch(parent)
             self.depth.swapped()
+            if self.last_verdict is not None:
+                self.depth.accepted(self.last_verdict.candidate.tokens, self.last_verdict.candidate.steps)
 
     def _roll_back(self, harm: GuardVerdict) -> None:
         """Its evidence began anew where it was not carried out."""

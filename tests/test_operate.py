@@ -14,9 +14,8 @@ from typer.testing import CliRunner
 
 from onlinespec.cli import app
 from onlinespec.config import Config
-from onlinespec.draft.checkpoint import write_draft
 from onlinespec.errors import OnlinespecError, StartError, SwapError, VersionError, WireError
-from onlinespec.launch import Launch, holding, write_launch
+from onlinespec.launch import Launch, holding
 from onlinespec.paths import RunPaths
 from onlinespec.promote import Promoter
 from onlinespec.versions.journal import (
@@ -39,67 +38,14 @@ from onlinespec.versions.journal import (
     Unpinned,
     Withheld,
 )
-from onlinespec.versions.manifest import Manifest, Provenance
 from onlinespec.versions.state import state_of
 from onlinespec.versions.store import VersionStore
-from onlinespec.wire.messages import Ack, ControlReply, ControlRequest, GetHello, GetStatus, Hello, Status, Swap
-from onlinespec.wire.sockets import ControlClient, ControlServer
+from onlinespec.wire.messages import GetHello, Hello, Swap
+from onlinespec.wire.sockets import ControlClient
 from tests.draft.tiny import build_draft
+from tests.fake_server import PROVENANCE, TARGET, FakeServer, lay_out, publish
 
 RUNNER = CliRunner()
-PROVENANCE = Provenance(optimizer_steps=1, answer_tokens=1, seed=0, tenants=())
-TARGET = "aaaa"
-
-
-class FakeServer:
-    """Answers control as the plugin does, and remembers what it was asked to serve."""
-
-    def __init__(self, paths: RunPaths, version: int):
-        self.version = version
-        self.swaps: list[Swap] = []
-        self.refusal = ""
-        ControlServer(paths.control_endpoint, self._answer)
-
-    def _answer(self, request: ControlRequest) -> ControlReply:
-        if isinstance(request, GetHello):
-            return Hello("0", [], 29, 16, 3, 3, True, True, "", self.version, [])
-        if isinstance(request, GetStatus):
-            return Status(self.version, len(self.swaps), True, "closed", "", {})
-        assert isinstance(request, Swap)
-        self.swaps.append(request)
-        self.version = self.version if self.refusal else request.version
-        return Ack(not self.refusal, self.refusal, self.version)
-
-
-def publish(paths: RunPaths, parent: int | None, target_digest: str = TARGET) -> Manifest:
-    """The next version, in the store and in the journal."""
-    store = VersionStore(paths)
-    draft = build_draft(seed=(store.latest() or 0) + 1)
-    manifest = store.publish(
-        lambda folder: write_draft(folder, draft.config, draft.weights()),
-        parent=parent,
-        target_digest=target_digest,
-        provenance=PROVENANCE,
-        created_s=1.0,
-    )
-    event = Published(time_s=1.0, version=manifest.version, digest=manifest.digest, parent=parent)
-    Journal(paths).append(event)
-    return manifest
-
-
-def lay_out(root: Path) -> RunPaths:
-    """A run directory whose third version is in service, after the first and the second."""
-    paths = RunPaths(root)
-    paths.create()
-    write_launch(paths, Launch("m", "d", 1, TARGET, "127.0.0.1", 1, 3, 128, os.getpid()))
-    journal = Journal(paths)
-    publish(paths, None)
-    journal.append(ServerStarted(time_s=1.0, version=1))
-    for version in (2, 3):
-        manifest = publish(paths, version - 1)
-        journal.append(RaceStarted(time_s=2.0, candidate_digest=manifest.digest, alpha=0.01))
-        journal.append(Promoted(time_s=2.0, version=version, from_version=version - 1, by="gate"))
-    return paths
 
 
 @pytest.fixture
@@ -393,7 +339,9 @@ def test_status_shows_the_pin_and_the_pause_with_their_reasons(paths: RunPaths, 
 def promoter(paths: RunPaths) -> Promoter:
     launch = Launch("m", "d", 1, TARGET, "127.0.0.1", 1, 3, 128, os.getpid())
     control = ControlClient(paths.control_endpoint)
-    return Promoter(paths, Config(), launch, control, torch.zeros(29, 16), lambda _: False)
+    hello = control.request(GetHello())
+    assert isinstance(hello, Hello)
+    return Promoter(paths, Config(), launch, control, hello, torch.zeros(29, 16), lambda _: False)
 
 
 def test_a_paused_gate_starts_no_race_over_a_restart_of_the_sidecar_too(paths: RunPaths, server: FakeServer):

@@ -40,7 +40,7 @@ from typing import Literal
 import msgspec
 
 from onlinespec.config import CanaryConfig
-from onlinespec.gate.eprocess import EProcess
+from onlinespec.gate.eprocess import Betting
 
 Outcome = Literal["pass", "harm", "cost", "undecided", "withdrawn"]
 Superiority = Literal["not judged", "shown", "not shown"]
@@ -67,7 +67,8 @@ class Block:
     """What the server reports of one block, the first verify after the change left out.
 
     pair: index of the pair, rising. num_draft_steps: the depth it ran at. tokens: committed, bonus counted.
-    request_steps: verify steps summed over requests. halves: None where the server does not report them.
+    request_steps: verify steps summed over requests. decode_steps: those whose time could be compared, wall_s theirs.
+    halves: None where the server does not report them.
     """
 
     pair: int
@@ -155,6 +156,11 @@ class SignTest:
         return self.log_wealth >= -math.log(alpha)
 
 
+def _tokens_per_step(block: Block) -> float:
+    """Of all running requests."""
+    return block.tokens / block.request_steps * block.mean_running
+
+
 class CarryOver:
     """Second halves of one draft's blocks against first halves."""
 
@@ -205,9 +211,9 @@ class Canary:
         self._is_kv_stable = is_kv_stable
         self._log_max_ratio = math.log(config.max_step_cost_ratio)
         bound, tolerance = float(num_draft_steps), config.harm_tolerance_tokens
-        self._harm = EProcess(bound, tolerance)
-        self._harmless = EProcess(bound + tolerance, 0.0)
-        self._better = EProcess(bound, 0.0)
+        self._harm = Betting(bound, tolerance)
+        self._harmless = Betting(bound, -tolerance)
+        self._better = Betting(bound, 0.0)
         self._dear = SignTest(self._log_max_ratio, _PRIOR_SPREAD)
         self._cheap = SignTest(self._log_max_ratio, _PRIOR_SPREAD)
         self._carry_over = {candidate_version: CarryOver(), incumbent_version: CarryOver()}
@@ -268,9 +274,9 @@ class Canary:
         candidate, incumbent = (first, second) if is_candidate_first else (second, first)
         difference = candidate.tokens / candidate.request_steps - incumbent.tokens / incumbent.request_steps
         step_cost = math.log((candidate.wall_s / candidate.decode_steps) / (incumbent.wall_s / incumbent.decode_steps))
-        token_cost = math.log((candidate.wall_s / candidate.tokens) / (incumbent.wall_s / incumbent.tokens))
+        token_cost = step_cost - math.log(_tokens_per_step(candidate) / _tokens_per_step(incumbent))
         self._harm.observe(-difference)
-        self._harmless.observe(difference + self._config.harm_tolerance_tokens)
+        self._harmless.observe(difference)
         self._better.observe(difference)
         self._dear.observe(step_cost - self._log_max_ratio)
         self._cheap.observe(self._log_max_ratio - step_cost)
