@@ -33,7 +33,8 @@ class DepthKeeper:
         """the server's depth now"""
         self._settled = hello.depth
         """depth that the journal knows, probes apart"""
-        self._floor = Floor(config, hello.num_draft_steps, starts_at_zero=starts_at_zero)
+        is_at_zero = starts_at_zero or hello.depth == 0  # a sidecar before this one left it there
+        self._floor = Floor(config, hello.num_draft_steps, starts_at_zero=is_at_zero)
         self._costs: dict[tuple[int, int], tuple[int, int]] = {}
 
     def costs(self, counters: Mapping[str, int], now_s: float) -> None:

@@ -91,7 +91,11 @@ class Promoter:
 
     def sync(self) -> None:
         """Follow the journal: where another hand changed the version in service, what was judged is void."""
-        if self.service.sync():
+        was_pinned = self.service.state.pinned is not None
+        has_moved = self.service.sync()
+        if was_pinned and self.service.state.pinned is None and self.watch is None:
+            self._start_watch(self.service.parent())
+        if has_moved:
             self._withdraw(f"version {self.service.version} came into service meanwhile")
             self._moved()
 
@@ -280,12 +284,12 @@ class Promoter:
                 self.depth.accepted(self.last_verdict.candidate.tokens, self.last_verdict.candidate.steps)
 
     def _roll_back(self, harm: GuardVerdict) -> None:
-        """Its evidence began anew where it was not carried out."""
+        """Carried out or not, the guard's watch of this version is over; an unpinned version is watched anew."""
         self.last_harm = harm
         refusal = self.service.roll_back(harm)
         outcome = f"not rolled back: {refusal}" if refusal else "rolled back"
         print(f"onlinespec sidecar: version {harm.version} {outcome}; {harm.reason}", flush=True)
-        self._start_watch(self.service.parent())
+        self.watch = None
         self.sync()
 
     def change_target(self, num_updates: int) -> None:

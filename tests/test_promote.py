@@ -26,6 +26,7 @@ from onlinespec.versions.journal import (
     RolledBack,
     SwapFailed,
     TargetChanged,
+    Unpinned,
 )
 from onlinespec.versions.state import state_of
 from onlinespec.wire.messages import BlockEnded, GetHello, Hello, StartSwitchback, StopSwitchback
@@ -219,6 +220,11 @@ def test_a_pin_outranks_the_guard_and_harm_is_written_down(paths, server, capsys
     assert written(paths, RolledBack) == []
     assert server.swaps == []
     assert "version 3 is pinned" in capsys.readouterr().out
+    assert promoter.watch is None
+
+    Journal(paths).append(Unpinned(time_s=10.0, version=3))
+    promoter.sync()
+
     assert promoter.watch is not None
 
 
