@@ -118,10 +118,11 @@ class TrainerConfig(Section, frozen=True):
     """optimizer steps of linear warm-up"""
     clip_norm: PositiveFloat = 1.0
     """largest global gradient norm"""
-    kv_mode: Literal["free", "projections", "stable"] = "free"
-    """frozen, so that draft KV in the server outlives a swap: nothing; k_proj and v_proj; all that makes K and V"""
+    kv_mode: Literal["auto", "free", "projections", "stable"] = "auto"
+    """frozen, so that draft KV in the server outlives a swap: free: nothing; projections: k_proj, v_proj; stable: all
+    that makes K and V; auto: projections of a draft that came trained, nothing of an untrained one, nothing offline"""
     kv_free_steps: NonNegative = 0
-    """optimizer steps of an untrained draft before kv_mode freezes anything; adapters never touch what it freezes"""
+    """optimizer steps of an untrained draft before projections or stable freeze; adapters never touch what is frozen"""
     lora_rank: NonNegative = 0
     """rank of the adapters trained instead of the matrices, merged on publish; 0 trains the matrices themselves"""
     lora_alpha: PositiveFloat = 16.0

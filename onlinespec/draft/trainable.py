@@ -11,14 +11,14 @@ from typing import Literal
 
 from onlinespec.errors import ConfigError
 
-KvMode = Literal["free", "projections", "stable"]
+KvMode = Literal["auto", "free", "projections", "stable"]
 _MATRICES = frozenset(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "fc", "lm_head"])
 _PROJECTIONS = ("self_attn.k_proj.weight", "self_attn.v_proj.weight")
 _INPUTS = ("fc.weight", "input_norm.weight", "midlayer.input_layernorm.weight", "midlayer.hidden_norm.weight")
 
 
 def frozen_names(names: Iterable[str], mode: KvMode) -> frozenset[str]:
-    """The tensors a KV mode freezes, of a checkpoint's names.
+    """The tensors a KV mode freezes, of a checkpoint's names; auto those of projections, where it freezes at all.
 
     Raises: ConfigError for `stable` with several decoder layers, whose later keys depend on all of the first.
     """

@@ -42,7 +42,7 @@ class StepResult:
 class Trainer:
     """Trains one draft. `weights` as `read_draft` gives them.
 
-    is_fresh: the weights are untrained, so `kv_free_steps` applies.
+    is_fresh: the weights are untrained, so `kv_free_steps` applies, and kv_mode auto freezes nothing.
 
     Shapes: embed_VD the target's embedding table, any float dtype; it is only read.
 
@@ -64,12 +64,17 @@ class Trainer:
         self._config = config
         self._draft_config = draft_config
         self._embed_VD = embed_VD
-        self._frozen_from_step = config.kv_free_steps if is_fresh else 0
+        self._frozen_from_step = self._free_steps(is_fresh)
         self._num_steps_before = 0
         self._objective = Objective(config)
         self._reach_K = config.loss_decay ** torch.arange(config.unroll_steps)
         """measured share of chains that reach each draft step; until then the decay"""
         self._begin(weights)
+
+    def _free_steps(self, is_fresh: bool) -> float:
+        if not is_fresh:
+            return 0
+        return math.inf if self._config.kv_mode == "auto" else self._config.kv_free_steps
 
     def _begin(self, weights: dict[str, torch.Tensor]) -> None:
         self._parameters = Parameters(self._config, self._draft_config, weights)
@@ -168,7 +173,7 @@ class Trainer:
     def restart(self, weights: dict[str, torch.Tensor], is_fresh: bool = False) -> None:
         """Go on from other weights: an operator took the trainer's own back. The optimizer warms up again."""
         self._num_steps_before, self._optimizer.num_steps = self.num_steps, 0
-        self._frozen_from_step = self.num_steps + (self._config.kv_free_steps if is_fresh else 0)
+        self._frozen_from_step = self.num_steps + self._free_steps(is_fresh)
         self._begin(weights)
 
     def state(self) -> dict[str, Any]:
@@ -200,6 +205,8 @@ class Trainer:
         self.num_skipped = state["num_skipped"]
         self._num_steps_before = state["num_steps_before"]
         self._frozen_from_step = state["frozen_from_step"]
+        if self._config.kv_mode != "auto" and math.isinf(self._frozen_from_step):
+            self._frozen_from_step = self._config.kv_free_steps  # it was auto, and froze nothing
         self.generator.set_state(state["generator"])
         if state["layout"] != self._layout():
             self._num_steps_before += state["optimizer"]["num_steps"]

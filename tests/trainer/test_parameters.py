@@ -66,6 +66,22 @@ def test_a_warm_draft_has_no_free_steps():
     assert "fc.weight" not in moved(before, trainer.weights())
 
 
+@pytest.mark.parametrize("is_fresh", [True, False])
+def test_auto_freezes_the_projections_of_a_draft_that_came_trained_and_nothing_of_an_untrained_one(is_fresh, tmp_path):
+    trainer, resumed = build_trainer(is_fresh=is_fresh), build_trainer(is_fresh=False)
+    before = trainer.weights()
+
+    run(trainer, 2)
+    torch.save(trainer.state(), tmp_path / "state.pt")
+    resumed.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    at_restart = resumed.weights()
+    run(resumed, 2)
+
+    for first, last in ((before, trainer.weights()), (at_restart, resumed.weights())):
+        assert ("midlayer.self_attn.k_proj.weight" in moved(first, last)) == is_fresh
+        assert "fc.weight" in moved(first, last)
+
+
 def test_a_resumed_draft_that_was_fresh_keeps_its_free_steps_and_one_that_was_warm_has_none():
     changes = {"kv_mode": "stable", "kv_free_steps": 4}
     fresh, warm = build_trainer(**changes), build_trainer(is_fresh=False, **changes)
@@ -95,7 +111,7 @@ def test_a_restart_on_a_frozen_draft_keeps_the_keys_of_the_other_weights():
 
 
 def test_adapters_train_their_matrices_alone_and_are_merged_into_plain_names():
-    trainer = build_trainer(**LORA)
+    trainer = build_trainer(kv_mode="free", **LORA)
     before = trainer.weights()
     assert moved(before, build_draft().weights()) == set()
 

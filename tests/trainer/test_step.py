@@ -164,7 +164,7 @@ def test_a_restart_takes_other_weights_warms_up_again_and_goes_on_counting():
 
     trainer.restart(other)
 
-    fresh = Trainer(CONFIG_3, trainer.draft.config, other, build_embedding())
+    fresh = Trainer(CONFIG_3, trainer.draft.config, other, build_embedding(), is_fresh=False)
     assert trainer.num_steps == 3
     assert trainer.step(samples) == fresh.step(samples)
     assert trainer.num_steps == 4
