@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,7 @@ from onlinespec.serve import plan
 from onlinespec.versions.journal import Journal, Promoted, RolledBack
 from onlinespec.wire.messages import GetStatus
 from onlinespec.world import WORLD
-from tests.integration.servers import DEMO_CONFIG, Server, free_port, send, start_ours, world_prompts
+from tests.integration.servers import DEMO_CONFIG, Load, Server, free_port, sidecar_status, start_ours, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -30,44 +28,6 @@ def product(tmp_path_factory):
     server = start_ours(root, free_port(), sets=sets)
     yield server
     server.stop(signal.SIGKILL)
-
-
-class Load:
-    """Requests without a pause until stopped; every one must succeed."""
-
-    def __init__(self, server: Server):
-        self.answers: list = []
-        self._server = server
-        self._is_done = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def _run(self) -> None:
-        for seed in range(1000):
-            if self._is_done.is_set():
-                return
-            self.answers += send(self._server, world_prompts(8, seed=100 + seed, domains=("code",)), max_tokens=64)
-
-    def __enter__(self) -> "Load":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_exc) -> None:
-        self._is_done.set()
-        self._thread.join()
-
-
-def status(server: Server) -> dict:
-    try:
-        return json.loads(server.paths.sidecar_status.read_bytes())
-    except FileNotFoundError:
-        return {}
-
-
-def wait_for(condition, what: str, limit_s: float = 240) -> None:
-    deadline_s = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline_s, f"waited {limit_s:.0f} s for {what}"
-        time.sleep(0.2)
 
 
 def sidecar_pids(server: Server) -> list[int]:
@@ -92,12 +52,12 @@ def test_a_draft_learns_is_promoted_and_training_survives_kill_nine_without_a_fa
     with Load(product) as load:
         wait_for(lambda: any(isinstance(e, Promoted) for e in Journal(product.paths).read()), "a promotion")
         wait_for(lambda: product.paths.trainer_state.exists(), "a checkpoint of the trainer")
-        num_steps = status(product)["trainer_step"]
+        num_steps = sidecar_status(product)["trainer_step"]
         (pid,) = sidecar_pids(product)
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: sidecar_pids(product) not in ([], [pid]), "a new sidecar")
-        wait_for(lambda: status(product).get("resumes", 0) >= 1, "the sidecar to resume")
-        wait_for(lambda: status(product)["trainer_step"] > num_steps, "training to go on")
+        wait_for(lambda: sidecar_status(product).get("resumes", 0) >= 1, "the sidecar to resume")
+        wait_for(lambda: sidecar_status(product)["trainer_step"] > num_steps, "training to go on")
 
     learned = load.answers[-8:]
     assert "again in 1 s" in product.log_text()
@@ -147,7 +107,7 @@ def test_record_keeps_training_rows_on_disk_and_train_learns_from_them_without_t
     assert "nothing is being recorded" in idle.stderr
     assert again.returncode == 1
     assert 1_000_000 < size <= 2_000_000
-    assert status(product)["recording"]["state"] == "full"
+    assert sidecar_status(product)["recording"]["state"] == "full"
     assert samples
     assert not any(is_holdout(sample.group, frac) for sample in samples)
     assert recording.manifest.facts.aux_layers == (2, 4, 5)
