@@ -26,7 +26,8 @@ from tests.integration.servers import Server, free_port, send, start_ours, start
 
 NUM_IDENTITY_PROMPTS = 100
 IDENTITY_TOKENS = 96
-MODULES = [f"test_{name}" for name in "identity rows switchback variants watch product full drafts".split()]
+_ORDER = ("identity", "rows", "switchback", "variants", "watch", "product", "full", "drafts")
+MODULES = [f"test_{name}" for name in _ORDER]
 
 
 def pytest_collection_modifyitems(items) -> None:
