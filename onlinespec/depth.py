@@ -1,6 +1,7 @@
 """Sets the server's draft depth by measured cost: feeds the floor from heartbeats and walks, and carries out its word.
 
-A server that restarts drafts at full depth again, and so does this.
+A server that restarts drafts at full depth again, and so does this; beside one that runs on, it goes on where that
+stands.
 """
 
 import re
@@ -33,7 +34,7 @@ class DepthKeeper:
         """the server's depth now"""
         self._settled = hello.depth
         """depth that the journal knows, probes apart"""
-        self._floor = Floor(config, hello.num_draft_steps, starts_at_zero=starts_at_zero)
+        self._floor = Floor(config, hello.num_draft_steps, starts_at_zero=starts_at_zero or hello.depth == 0)
         self._costs: dict[tuple[int, int], tuple[int, int]] = {}
 
     def costs(self, counters: Mapping[str, int], now_s: float) -> None:

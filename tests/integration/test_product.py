@@ -15,8 +15,8 @@ from onlinespec.gate.holdout import is_holdout
 from onlinespec.record.reader import Recording
 from onlinespec.resolve import load_config
 from onlinespec.serve import plan
-from onlinespec.versions.journal import Journal, Promoted, RolledBack
-from onlinespec.wire.messages import GetStatus
+from onlinespec.versions.journal import CanaryEnded, Journal, Promoted, RolledBack
+from onlinespec.wire.messages import GetStatus, Status
 from onlinespec.world import WORLD
 from tests.integration.servers import DEMO_CONFIG, Load, Server, free_port, sidecar_status, start_ours, wait_for
 
@@ -48,21 +48,37 @@ def command(*words: str, timeout: float = 60) -> subprocess.CompletedProcess:
     return subprocess.run(line, capture_output=True, text=True, timeout=timeout)
 
 
-def test_a_draft_learns_is_promoted_and_training_survives_kill_nine_without_a_failed_request(product):
+def test_a_draft_learns_and_is_promoted_and_kill_nine_in_a_trial_costs_no_request(product):
+    def served() -> Status:
+        return product.control.request(GetStatus())
+
+    def promoted() -> list[Promoted]:
+        return [event for event in Journal(product.paths).read() if isinstance(event, Promoted)]
+
     with Load(product) as load:
-        wait_for(lambda: any(isinstance(e, Promoted) for e in Journal(product.paths).read()), "a promotion")
+        wait_for(lambda: served().switchback, "a trial")
         wait_for(lambda: product.paths.trainer_state.exists(), "a checkpoint of the trainer")
-        num_steps = sidecar_status(product)["trainer_step"]
+        num_steps, incumbent = sidecar_status(product)["trainer_step"], served().version
+        is_tried = served().switchback > incumbent
         (pid,) = sidecar_pids(product)
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: sidecar_pids(product) not in ([], [pid]), "a new sidecar")
+        wait_for(lambda: not served().switchback, "the end of the trial")
+        left = served().version
         wait_for(lambda: sidecar_status(product).get("resumes", 0) >= 1, "the sidecar to resume")
         wait_for(lambda: sidecar_status(product)["trainer_step"] > num_steps, "training to go on")
+        wait_for(promoted, "a promotion")
+        num_before = len(load.answers)
+        wait_for(lambda: len(load.answers) >= num_before + 12, "answers with the new draft")
 
+    passed = [e.version for e in Journal(product.paths).read() if isinstance(e, CanaryEnded) and e.decision == "pass"]
     learned = load.answers[-8:]
+    assert is_tried
+    assert left == incumbent
     assert "again in 1 s" in product.log_text()
+    assert promoted()[0].version in passed
     assert sum(a.num_correct_drafts for a in learned) > sum(a.num_correct_drafts for a in load.answers[:8])
-    assert product.control.request(GetStatus()).fuse == "closed"
+    assert served().fuse == "closed"
 
 
 def test_rollback_works_with_the_sidecar_dead_and_bars_what_it_left(product):

@@ -141,9 +141,9 @@ def test_a_slow_draft_is_not_used_until_it_is_quick_again_and_capture_goes_on(wa
 def test_the_guard_does_not_blame_a_draft_for_a_shift_of_traffic(watched, on_child):
     with sidecar(watched.server, trainer=NO_TRAINER, floor={"enabled": False}):
         wait_for(lambda: sidecar_status(watched.server).get("version") == watched.child, "the sidecar")
-        good = send(watched.server, world_prompts(24, seed=65, domains=("code",)), max_tokens=64)
-        bad = send(watched.server, world_prompts(40, seed=65, domains=("support",)), max_tokens=64)
-        wait_for(lambda: watched.num_samples() >= 64, "the samples")
+        good = send(watched.server, world_prompts(16, seed=65, domains=("code",)), max_tokens=48)
+        bad = send(watched.server, world_prompts(40, seed=65, domains=("support",)), max_tokens=32)
+        wait_for(lambda: watched.num_samples() >= 56, "the samples")
         guard = sidecar_status(watched.server)["guard"]
 
     print(f"code {accept_length(good):.2f}, support {accept_length(bad):.2f}, guard {guard}")
