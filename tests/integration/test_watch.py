@@ -1,4 +1,4 @@
-"""What watches a promoted draft, on the real server under load: the floor by its cost, the guard by its harm.
+"""What watches a promoted draft, on the real server under load: the guard by its harm, the floor by its cost.
 
 Drafts learned code, and code alone: 2.5 tokens a verify step (`parent`) and 3.1 (`child`), 1.0 on anything else.
 """
@@ -91,51 +91,12 @@ def accept_length(answers: list[Answer]) -> float:
     return (steps + sum(answer.num_correct_drafts for answer in answers)) / steps
 
 
-def test_an_untrained_draft_drafts_nothing_until_one_that_pays_is_in_service(watched):
-    watched.server.control.acknowledged(SetDepth(NUM_DRAFT_STEPS))
-    if watched.status.version != 1:
-        roll_back(watched.server.paths.root, to=1)
-    before = len(watched.events(DepthChanged))
-
-    with sidecar(watched.server, trainer=NO_TRAINER, floor=QUICK_FLOOR):
-        wait_for(lambda: watched.status.depth == 0, "depth 0")
-        plain = send(watched.server, world_prompts(8, seed=61, domains=("code",)), max_tokens=32)
-        wait_for(lambda: watched.num_samples() >= 8, "samples of depth 0")
-        watched.serve(watched.parent)
-        with Load(watched.server, seed=62) as load:
-            event = watched.wait_for_depth(NUM_DRAFT_STEPS, before)
-            drafted = len(load.answers)
-            wait_for(lambda: len(load.answers) >= drafted + 8, "answers at full depth")
-
-    print(f"up again: {event.reason}")
-    assert accept_length(plain) == 1.0
-    assert [e.num_steps for e in watched.events(DepthChanged)[before:]][:2] == [0, NUM_DRAFT_STEPS]
-    assert event.by == "floor"
-    assert "speculation pays" in event.reason
-    assert accept_length(load.answers[-4:]) > 1.5
-
-
-def test_a_slow_draft_is_not_used_until_it_is_quick_again_and_capture_goes_on(watched, on_child):
-    asked = world_prompts(8, seed=63, domains=("code",))
-    before = {a.prompt.messages[0]["content"]: a.text for a in send(watched.server, asked, max_tokens=32)}
-    num_events = len(watched.events(DepthChanged))
-
-    with sidecar(watched.server, trainer=NO_TRAINER, floor=QUICK_FLOOR), Load(watched.server, seed=64):
-        wait_for(lambda: "speculation pays" in str(sidecar_status(watched.server).get("depth")), "a paying draft")
-        paying = sidecar_status(watched.server)["depth"]
-        (watched.server.probe / "delay").touch()
-        down = watched.wait_for_depth(0, num_events)
-        num_samples = watched.num_samples()
-        answers = send(watched.server, asked, max_tokens=32)
-        wait_for(lambda: watched.num_samples() >= num_samples + 8, "samples of depth 0")
-        (watched.server.probe / "delay").unlink()
-        up = watched.wait_for_depth(NUM_DRAFT_STEPS, num_events + 1)
-
-    print(f"quick: {paying}; slow: {down.reason}; quick again: {up.reason}")
-    assert "speculation does not pay" in down.reason
-    assert "speculation pays" in up.reason
-    assert {a.prompt.messages[0]["content"]: a.text for a in answers} == before
-    assert watched.status.fuse == "closed"
+def decoded(status: Status) -> tuple[int, int, int]:
+    """Decode steps at full depth, their tokens and their requests (see `Heartbeat`), since the server's start."""
+    return tuple(
+        sum(count for name, count in status.counters.items() if name.startswith(f"decode_{what}_d{NUM_DRAFT_STEPS}_"))
+        for what in ("steps", "tokens", "requests")
+    )
 
 
 def test_the_guard_does_not_blame_a_draft_for_a_shift_of_traffic(watched, on_child):
@@ -186,9 +147,48 @@ def test_a_draft_damaged_in_the_servers_memory_is_rolled_back_and_accept_length_
     assert state_of(Journal(watched.server.paths).read()).incumbent == watched.parent
 
 
-def decoded(status: Status) -> tuple[int, int, int]:
-    """Decode steps at full depth, their tokens and their requests (see `Heartbeat`), since the server's start."""
-    return tuple(
-        sum(count for name, count in status.counters.items() if name.startswith(f"decode_{what}_d{NUM_DRAFT_STEPS}_"))
-        for what in ("steps", "tokens", "requests")
-    )
+def test_an_untrained_draft_drafts_nothing_until_one_that_pays_is_in_service(watched):
+    watched.server.control.acknowledged(SetDepth(NUM_DRAFT_STEPS))
+    if watched.status.version != 1:
+        roll_back(watched.server.paths.root, to=1)
+    before = len(watched.events(DepthChanged))
+
+    with sidecar(watched.server, trainer=NO_TRAINER, floor=QUICK_FLOOR):
+        wait_for(lambda: watched.status.depth == 0, "depth 0")
+        plain = send(watched.server, world_prompts(8, seed=61, domains=("code",)), max_tokens=32)
+        wait_for(lambda: watched.num_samples() >= 8, "samples of depth 0")
+        watched.serve(watched.parent)
+        with Load(watched.server, seed=62) as load:
+            event = watched.wait_for_depth(NUM_DRAFT_STEPS, before)
+            drafted = len(load.answers)
+            wait_for(lambda: len(load.answers) >= drafted + 8, "answers at full depth")
+
+    print(f"up again: {event.reason}")
+    assert accept_length(plain) == 1.0
+    assert [e.num_steps for e in watched.events(DepthChanged)[before:]][:2] == [0, NUM_DRAFT_STEPS]
+    assert event.by == "floor"
+    assert "speculation pays" in event.reason
+    assert accept_length(load.answers[-4:]) > 1.5
+
+
+def test_a_slow_draft_is_not_used_until_it_is_quick_again_and_capture_goes_on(watched, on_child):
+    asked = world_prompts(8, seed=63, domains=("code",))
+    before = {a.prompt.messages[0]["content"]: a.text for a in send(watched.server, asked, max_tokens=32)}
+    num_events = len(watched.events(DepthChanged))
+
+    with sidecar(watched.server, trainer=NO_TRAINER, floor=QUICK_FLOOR), Load(watched.server, seed=64):
+        wait_for(lambda: "speculation pays" in str(sidecar_status(watched.server).get("depth")), "a paying draft")
+        paying = sidecar_status(watched.server)["depth"]
+        (watched.server.probe / "delay").touch()
+        down = watched.wait_for_depth(0, num_events)
+        num_samples = watched.num_samples()
+        answers = send(watched.server, asked, max_tokens=32)
+        wait_for(lambda: watched.num_samples() >= num_samples + 8, "samples of depth 0")
+        (watched.server.probe / "delay").unlink()
+        up = watched.wait_for_depth(NUM_DRAFT_STEPS, num_events + 1)
+
+    print(f"quick: {paying}; slow: {down.reason}; quick again: {up.reason}")
+    assert "speculation does not pay" in down.reason
+    assert "speculation pays" in up.reason
+    assert {a.prompt.messages[0]["content"]: a.text for a in answers} == before
+    assert watched.status.fuse == "closed"
