@@ -1,4 +1,4 @@
-"""Servers shared by the integration tests: four boots in all, one server at a time.
+"""Servers shared by the integration tests: five boots in all, one server at a time.
 
 Order of the modules: what needs the shared server first, the product's own boot last.
 """

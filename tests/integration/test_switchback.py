@@ -16,7 +16,16 @@ from onlinespec.draft.header import digest
 from onlinespec.draft.model import Draft
 from onlinespec.draft.walk import accept_length, walk
 from onlinespec.operate import roll_back
-from onlinespec.wire.messages import Ack, BlockEnded, GetHello, GetStatus, SetDepth, StartSwitchback, StopSwitchback
+from onlinespec.wire.messages import (
+    Ack,
+    BlockEnded,
+    GetHello,
+    GetStatus,
+    SetDepth,
+    StartSwitchback,
+    StopSwitchback,
+    Swap,
+)
 from onlinespec.world import WORLD
 from tests.integration.drafted import NUM_DRAFT_STEPS, count_walked
 from tests.integration.servers import flush, world_prompts
@@ -112,12 +121,13 @@ def test_a_stop_and_a_swap_end_a_switchback_with_the_right_weights(served, captu
     sending = threading.Thread(target=capture.send, args=(PROMPTS[:6],), kwargs={"max_tokens": MAX_TOKENS})
     sending.start()
     sending.join()
-    roll_back(served.paths.root, to=2)
+    path = str(served.paths.version(2))
+    acks += [served.control.acknowledged(Swap(2, path, digest(path)))]
     status = served.control.request(GetStatus())
     flush(served)
     _, samples = capture.send(PROMPTS[6:], max_tokens=MAX_TOKENS)
 
-    assert [ack.is_ok for ack in acks] == [True] * 3
+    assert [ack.is_ok for ack in acks] == [True] * 4
     assert (status.switchback, status.version) == (0, 2)
     assert {version for sample in samples for version in sample.verify.version} == {2}
     assert count_walked(second, samples, embed_VD) > 5

@@ -18,7 +18,17 @@ from onlinespec.wire.messages import GetStatus, SetDepth, Status
 from tests.integration.conftest import publish
 from tests.integration.drafted import NUM_DRAFT_STEPS
 from tests.integration.learned import train_drafts
-from tests.integration.servers import Load, Server, send, sidecar, sidecar_status, wait_for, world_prompts
+from tests.integration.servers import (
+    Load,
+    Server,
+    free_port,
+    send,
+    sidecar,
+    sidecar_status,
+    start_ours,
+    wait_for,
+    world_prompts,
+)
 
 QUICK_FLOOR = {
     "min_dwell_s": 2.0,
@@ -36,7 +46,7 @@ BLOCK_STEPS = 16
 
 @dataclass(frozen=True)
 class Watched:
-    """The shared server, and two drafts in its store, one trained on from the other."""
+    """A server, and two drafts in its store, one trained on from the other."""
 
     server: Server
     parent: int
@@ -67,13 +77,17 @@ class Watched:
 
 
 @pytest.fixture(scope="module")
-def watched(served, capture) -> Watched:
-    """`capture` ends first: two receivers would share the samples between them."""
-    capture.close()
-    config = load_config([served.paths.resolved_config])
-    parent_weights, child_weights = train_drafts(*read_draft(served.paths.version(1)), [2, 1], config.trainer)
-    parent = publish(served, parent_weights, parent=1)
-    return Watched(served, parent, publish(served, child_weights, parent=parent))
+def watched(tmp_path_factory, probe_plugin) -> Iterator[Watched]:
+    """A server of its own: an update of the target, which another module tests, voids what a guard could return to."""
+    directory, environment = probe_plugin
+    sets = ["supervisor.sidecar=false", "floor.enabled=true"]
+    server = start_ours(tmp_path_factory.mktemp("watched"), free_port(), sets=sets, environment=environment)
+    server.probe = directory
+    config = load_config([server.paths.resolved_config])
+    parent_weights, child_weights = train_drafts(*read_draft(server.paths.version(1)), [2, 1], config.trainer)
+    parent = publish(server, parent_weights, parent=1)
+    yield Watched(server, parent, publish(server, child_weights, parent=parent))
+    assert server.stop() == 0
 
 
 @pytest.fixture
@@ -109,8 +123,8 @@ def test_the_guard_does_not_blame_a_draft_for_a_shift_of_traffic(watched, on_chi
 
     print(f"code {accept_length(good):.2f}, support {accept_length(bad):.2f}, guard {guard}")
     assert accept_length(bad) < accept_length(good) - 1.0
-    assert guard["requests"]["clean"] + guard["requests"]["aged"] > 40
-    assert guard["requests"]["quality"] > 10
+    assert guard["clean"]["requests"] + guard["aged"]["requests"] > 40
+    assert guard["quality"]["requests"] > 10
     assert not watched.events(GuardTripped)
     assert watched.status.version == watched.child
 
