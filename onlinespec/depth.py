@@ -1,6 +1,7 @@
 """Sets the server's draft depth by measured cost: feeds the floor from heartbeats and walks, and carries out its word.
 
-A server that restarts drafts at full depth again, and so does this.
+A server that restarts drafts at full depth again, and so does this; beside one that runs on, it goes on where that
+stands.
 """
 
 import re

@@ -72,7 +72,8 @@ def _told(event: AnyEvent) -> tuple[str, str]:
         case ServerStarted():
             return "started", f"on version {event.version}"
         case CanaryEnded():
-            return "canary", f"version {event.version}: {'; '.join([event.decision, *_shown(event.evidence)])}"
+            told = event.evidence.get("reason") or "; ".join(_shown(event.evidence))
+            return "canary", f"version {event.version}: {event.decision}{_because(told)}"
         case GuardTripped():
             return (
                 "guard",

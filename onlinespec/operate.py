@@ -6,8 +6,9 @@ the journal alone is changed, under the lock that a server holds: the next `serv
 """
 
 import json
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,14 +192,14 @@ def status_lines(root: Path) -> Iterator[str]:
     paths = RunPaths(root)
     reply = _status(paths)
     yield f"server    {launch.base_url}, target {launch.model}"
-    yield f"draft     version {reply.version}, {reply.num_swaps} swaps since the server started"
+    yield f"draft     {_draft(reply)}, {reply.num_swaps} swaps since the server started"
     yield f"gate      {_gate(Journal(paths).read())}"
     share = "" if reply.sample_frac == 1 else f", {reply.sample_frac:.0%} of requests"
     capture = f"on{share}" if reply.capture else f"off {launch.capture_refused}".rstrip()
     yield f"capture   {capture}, fuse {reply.fuse} {reply.last_fault}".rstrip()
-    yield "tap       " + (
-        ", ".join(f"{name} {count}" for name, count in sorted(reply.counters.items())) or "no rows yet"
-    )
+    counted = {name: count for name, count in sorted(reply.counters.items()) if not name.startswith("decode_")}
+    yield "tap       " + (", ".join(f"{name} {count}" for name, count in counted.items()) or "no rows yet")
+    yield from (f"steps     {line}" for line in _costs(reply.counters))
     try:
         sidecar = json.loads(paths.sidecar_status.read_bytes())
     except FileNotFoundError:
@@ -207,7 +208,29 @@ def status_lines(root: Path) -> Iterator[str]:
     age_s = time.time() - sidecar.pop("time_s")
     yield f"sidecar   reported {age_s:.0f} s ago" + ("; it may be dead, serve restarts it" if age_s > _STALE_S else "")
     for name, value in sidecar.items():
-        yield f"  {name:<22}{_compact(value)}"
+        if not name.startswith("server_"):  # what the server said above, and later
+            yield f"  {name:<22}{_compact(value)}"
+
+
+def _draft(reply: Status) -> str:
+    depth = f"{reply.depth} draft steps" if reply.depth else "depth 0: nothing is drafted"
+    trial = f", in turns with version {reply.switchback}, which is on trial" if reply.switchback else ""
+    return f"version {reply.version}, {depth}{trial}"
+
+
+def _costs(counters: Mapping[str, int]) -> Iterator[str]:
+    """A line per draft depth: what a decode step cost and brought at each load (see `wire.messages.Heartbeat`)."""
+    found: dict[int, list[tuple[int, str]]] = {}
+    for name, steps in counters.items():
+        if not (key := re.fullmatch(r"decode_steps_(d(\d+)_b(\d+))", name)):
+            continue
+        cost_ms = counters.get(f"decode_us_{key[1]}", 0) / steps / 1000
+        length = counters.get(f"decode_tokens_{key[1]}", 0) / max(counters.get(f"decode_requests_{key[1]}", 0), 1)
+        load = int(key[3])
+        running = f"{load // 2 + 1} to {load}" if load > 2 else str(load)
+        found.setdefault(int(key[2]), []).append((load, f"{cost_ms:.3g} ms, {length:.2f} tokens at {running} running"))
+    for depth, loads in sorted(found.items()):
+        yield f"depth {depth}: " + "; ".join(text for _, text in sorted(loads))
 
 
 def _gate(events: tuple[AnyEvent, ...]) -> str:
@@ -227,5 +250,6 @@ def _compact(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_compact(item)}" for key, item in value.items()) or "-"
+        texts = [(key, f"({_compact(one)})" if isinstance(one, dict) else _compact(one)) for key, one in value.items()]
+        return ", ".join(f"{key} {text}" for key, text in texts) or "-"
     return "-" if value is None else str(value)

@@ -317,8 +317,10 @@ class Promoter:
             },
             "trial": trial and {"version": trial.version, "pairs": trial.canary.num_pairs},
             "guard": guard
-            and {name: round(detector.mean_tokens, 3) for name, detector in guard.detectors.items()}
-            | {"requests": {name: detector.num_requests for name, detector in guard.detectors.items()}},
+            and {
+                name: {"requests": detector.num_requests, "mean_tokens": detector.mean_tokens}
+                for name, detector in guard.detectors.items()
+            },
             "depth": wanted.reason if wanted else self.depth.num_steps,
             "last_verdict": verdict and f"{verdict.decision}: {verdict.reason}",
             "last_trial": canary and f"{canary.outcome}: {canary.reason}",

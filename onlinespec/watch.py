@@ -45,9 +45,13 @@ class Watch:
             verify.num_drafted,
             version=self.guard.version,
             num_draft_steps=self._num_draft_steps,
-            is_complete=sample.is_complete,
-            # What the server had cached may be of any age; a prompt read before the swap is of an older draft's.
-            has_stale_prefix=sample.started_s <= self._in_service_s or sample.num_completed_rows > 0,
+            is_complete=sample.missing_prompt_frac < 1.0,
+            # What the server had cached may be of any age; a prompt read before the swap is of an older draft's. A
+            # sidecar that restarts does not know the rows of what is cached (often the chat template's first tokens,
+            # in every request): without them the walk is a little off, and waiting for exact ones would watch nothing.
+            has_stale_prefix=sample.started_s <= self._in_service_s
+            or sample.num_completed_rows > 0
+            or not sample.is_complete,
         )
         live = expected = shadow = None
         if age != "excluded":

@@ -37,13 +37,16 @@ class FakeServer:
         self.swaps: list[Swap] = []
         self.orders: list[StopSwitchback | StartSwitchback | SetDepth] = []
         self.refusal = ""
+        self.switchback = 0
+        self.counters: dict[str, int] = {}
         ControlServer(paths.control_endpoint, self._answer)
 
     def _answer(self, request: ControlRequest) -> ControlReply:
         if isinstance(request, GetHello):
             return Hello("0", [], 29, 16, 3, 3, True, True, "", self.version, [], depth=3, depths=[3])
         if isinstance(request, GetStatus):
-            return Status(self.version, len(self.swaps), True, "closed", "", {})
+            told = (self.version, len(self.swaps), True, "closed", "", self.counters)
+            return Status(*told, switchback=self.switchback, depth=3)
         if isinstance(request, StopSwitchback | StartSwitchback | SetDepth):
             self.orders.append(request)
             return Ack(not self.refusal, self.refusal, self.version)

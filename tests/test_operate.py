@@ -336,6 +336,27 @@ def test_status_shows_the_pin_and_the_pause_with_their_reasons(paths: RunPaths, 
     assert "gate      version 3 is pinned (audit), paused\n" in order(paths, "status").stdout
 
 
+def test_status_shows_who_drafts_how_deep_and_what_a_step_costs(paths: RunPaths, server: FakeServer):
+    server.switchback = 7
+    server.counters = {"rows": 5} | {
+        f"decode_{what}_{key}": count
+        for key, counts in {"d0_b1": (10, 10, 10, 200_000), "d3_b4": (2, 14, 7, 117_000)}.items()
+        for what, count in zip(("steps", "tokens", "requests", "us"), counts, strict=True)
+    }
+    paths.sidecar_status.write_text(
+        json.dumps({"time_s": 0.0, "guard": {"aged": {"requests": 3, "mean_tokens": -0.012}}, "server_rows": 5})
+    )
+
+    shown = order(paths, "status").stdout
+
+    assert "draft     version 3, 3 draft steps, in turns with version 7, which is on trial, 0 swaps since" in shown
+    assert "tap       rows 5\n" in shown
+    assert "steps     depth 0: 20 ms, 1.00 tokens at 1 running\n" in shown
+    assert "steps     depth 3: 58.5 ms, 2.00 tokens at 3 to 4 running\n" in shown
+    assert "  guard                 aged (requests 3, mean_tokens -0.012)\n" in shown
+    assert "server_rows" not in shown
+
+
 def promoter(paths: RunPaths) -> Promoter:
     launch = Launch("m", "d", 1, TARGET, "127.0.0.1", 1, 3, 128, os.getpid())
     control = ControlClient(paths.control_endpoint)
@@ -430,14 +451,14 @@ TOLD: list[tuple[AnyEvent, str]] = [
             time_s=0,
             version=4,
             decision="harm",
-            evidence={
-                "mean_difference_tokens": -0.31,
-                "num_pairs": 12,
-                "step_cost_ratio": 1.0234,
-                "reason": "worse live",
-            },
+            evidence={"mean_difference_tokens": -0.31, "num_pairs": 12, "step_cost_ratio": 1.0234},
         ),
-        "canary         version 4: harm; difference -0.310 tokens over 12 pairs; step cost x 1.023; worse live",
+        "canary         version 4: harm: difference -0.310 tokens over 12 pairs; step cost x 1.023",
+    ),
+    (
+        # The gate's own words name the same numbers.
+        CanaryEnded(time_s=0, version=4, decision="harm", evidence={"num_pairs": 12, "reason": "-0.3 tokens"}),
+        "canary         version 4: harm: -0.3 tokens",
     ),
     (CanaryEnded(time_s=0, version=4, decision="pass", evidence={}), "canary         version 4: pass"),
     (

@@ -5,7 +5,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -19,7 +19,7 @@ from onlinespec.errors import BenchError
 
 async def drive(
     base_url: str,
-    prompts: Sequence[Prompt],
+    prompts: Iterable[Prompt],
     sampling: Sampling,
     concurrency: int,
     on_answer: Callable[[Answer], None] = lambda answer: None,

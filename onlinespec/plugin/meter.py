@@ -44,7 +44,7 @@ class Step:
 
     num_draft_steps: int
     load: int
-    """batch size, rounded down to a power of two"""
+    """batch size, rounded up to a power of two: what `gate.floor.load_bucket` calls one load"""
     turn: Turn | None
     block: _Block | None
     """None outside a switchback, and for the first step of a block"""
@@ -99,7 +99,7 @@ class Meter:
         if turn is not None and turn.place.step == 0:
             self._block = _Block()
         block = self._block if turn is not None and turn.place.step else None
-        load = 1 << (num_requests.bit_length() - 1)
+        load = 1 << (num_requests - 1).bit_length()
         step = Step(num_draft_steps, load, turn, block, now_ns, is_settled=not self._is_overlapped)
         if last is not None and last.kind == step.kind:
             step.is_settled = True

@@ -1,4 +1,4 @@
-"""Servers shared by the integration tests: three boots in all, one server at a time.
+"""Servers shared by the integration tests: five boots in all, one server at a time.
 
 Order of the modules: what needs the shared server first, the product's own boot last.
 """
@@ -11,23 +11,23 @@ import pytest
 import torch
 
 from onlinespec.draft.checkpoint import read_draft, write_draft
-from onlinespec.draft.fresh import read_embedding
 from onlinespec.draft.sample import Sample
 from onlinespec.launch import read_launch
 from onlinespec.operate import roll_back
 from onlinespec.resolve import load_config
-from onlinespec.trainer.step import Trainer
 from onlinespec.versions.journal import Journal, Published
 from onlinespec.versions.manifest import Provenance
 from onlinespec.versions.store import VersionStore
 from onlinespec.world import WORLD
 from onlinespec.world.hf import AutoModelForCausalLM, AutoTokenizer
 from tests.integration.capture import Capture
+from tests.integration.learned import train_drafts
 from tests.integration.servers import Server, free_port, send, start_ours, start_plain, world_prompts
 
 NUM_IDENTITY_PROMPTS = 100
 IDENTITY_TOKENS = 96
-MODULES = ("test_identity", "test_rows", "test_switchback", "test_variants", "test_product", "test_full", "test_drafts")
+_ORDER = ("identity", "rows", "switchback", "variants", "watch", "product", "full", "drafts")
+MODULES = [f"test_{name}" for name in _ORDER]
 
 
 def pytest_collection_modifyitems(items) -> None:
@@ -90,31 +90,35 @@ def capture(served) -> Iterator[Capture]:
     taken.close()
 
 
-def learn(server: Server, capture: Capture, num_prompts: int) -> list[Sample]:
-    """Train on rows of real requests; the draft that learned is in service as version 2 when this returns."""
-    _, samples = capture.send(world_prompts(num_prompts, seed=5, domains=("code",)), max_tokens=120)
+def publish(server: Server, weights: dict[str, torch.Tensor], parent: int) -> int:
+    """A version of a running server, not in service; its number."""
     launch = read_launch(server.paths.root)
-    config = load_config([server.paths.resolved_config])
-    draft_config, weights = read_draft(server.paths.version(1))
-    trainer = Trainer(config.trainer, draft_config, weights, read_embedding(launch.model).float())
-    for _ in range(3):
-        for start in range(0, len(samples), 4):
-            assert trainer.step(samples[start : start + 4]).is_applied
+    draft_config, _ = read_draft(server.paths.version(1))
     manifest = VersionStore(server.paths).publish(
-        lambda folder: write_draft(folder, draft_config, trainer.weights()),
-        parent=1,
+        lambda folder: write_draft(folder, draft_config, weights),
+        parent=parent,
         target_digest=launch.target_digest,
-        provenance=Provenance(optimizer_steps=trainer.num_steps, answer_tokens=0, seed=0, tenants=()),
+        provenance=Provenance(optimizer_steps=0, answer_tokens=0, seed=0, tenants=()),
         created_s=time.time(),
     )
-    Journal(server.paths).append(Published(time_s=time.time(), version=manifest.version, digest=manifest.digest))
-    roll_back(server.paths.root, to=manifest.version)
-    return samples
+    event = Published(time_s=time.time(), version=manifest.version, digest=manifest.digest, parent=parent)
+    Journal(server.paths).append(event)
+    return manifest.version
+
+
+def learn(server: Server) -> None:
+    """Put a draft that learned code in service, as version 2."""
+    config = load_config([server.paths.resolved_config])
+    (weights,) = train_drafts(*read_draft(server.paths.version(1)), [1], config.trainer)
+    roll_back(server.paths.root, to=publish(server, weights, parent=1))
 
 
 @pytest.fixture(scope="session")
 def learned(served, capture) -> list[Sample]:
-    return learn(served, capture, num_prompts=96)
+    """Of the draft before, while the one that learned is in service as version 2."""
+    _, samples = capture.send(world_prompts(12, seed=5, domains=("code",)), max_tokens=60)
+    learn(served)
+    return samples
 
 
 @pytest.fixture(scope="session")

@@ -1,21 +1,27 @@
 """Real servers for the integration tests: started as a user would, one at a time."""
 
 import asyncio
+import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from onlinespec.bench.accept import drive
 from onlinespec.bench.client import Answer, Prompt, Sampling
 from onlinespec.paths import RunPaths
+from onlinespec.resolve import dump_config, load_config
 from onlinespec.wire.sockets import ControlClient
 from onlinespec.world import WORLD
 from onlinespec.world.corpus import DOMAINS, prompts
@@ -115,6 +121,68 @@ def send(server: Server, asked: Sequence[Prompt], concurrency: int = 4, **sampli
     failed = [answer.error for answer in answers if answer.error]
     assert not failed, failed[:3]
     return answers
+
+
+@contextlib.contextmanager
+def sidecar(served: Server, command: Sequence[str] = ("-m", "onlinespec.sidecar"), **changes) -> Iterator[None]:
+    """Run a sidecar on a server that has none, from nothing, with some sections of its config replaced."""
+    config = load_config([served.paths.resolved_config])
+    sections = {name: msgspec.structs.replace(getattr(config, name), **fields) for name, fields in changes.items()}
+    served.paths.resolved_config.write_text(dump_config(msgspec.structs.replace(config, **sections)))
+    served.paths.trainer_state.unlink(missing_ok=True)
+    served.paths.sidecar_status.unlink(missing_ok=True)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen([sys.executable, *command, str(served.paths.root)], env=environment)
+    try:
+        yield
+        assert process.poll() is None, "the sidecar ended early"
+    finally:
+        process.terminate()
+        process.wait(30)
+        served.paths.resolved_config.write_text(dump_config(config))
+
+
+def sidecar_status(server: Server) -> dict:
+    """What the sidecar last reported; empty before its first word."""
+    try:
+        return json.loads(server.paths.sidecar_status.read_bytes())
+    except FileNotFoundError:
+        return {}
+
+
+class Load:
+    """Users who ask without a pause until it ends; every request must succeed. answers: in the order they ended."""
+
+    def __init__(self, server: Server, domain: str = "code", seed: int = 100, num_users: int = 4, max_tokens: int = 64):
+        self.answers: list[Answer] = []
+        self._is_done = threading.Event()
+        asked, sampling = self._asked(domain, seed), Sampling(max_tokens=max_tokens)
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(drive(server.base_url, asked, sampling, num_users, self.answers.append))
+        )
+
+    def _asked(self, domain: str, seed: int) -> Iterator[Prompt]:
+        for text in prompts(domain, seed):
+            if self._is_done.is_set():
+                return
+            yield Prompt.of_text(domain, text)
+
+    def __enter__(self) -> "Load":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        self._is_done.set()
+        self._thread.join()
+        failed = [answer.error for answer in self.answers if answer.error]
+        assert not failed, failed[:3]
+
+
+def wait_for(condition, what: str, limit_s: float = 240) -> None:
+    deadline_s = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"waited {limit_s:.0f} s for {what}"
+        time.sleep(0.1)
 
 
 def flush(server: Server) -> None:

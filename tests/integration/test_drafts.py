@@ -66,7 +66,7 @@ def test_a_draft_of_any_shape_drafts_on_the_server_what_ours_says(tmp_path, prob
     )
     server.probe = directory
     capture = Capture(server)
-    learn(server, capture, num_prompts=40)
+    learn(server)
     draft_config, weights = read_draft(server.paths.version(2))
     draft, embed_VD = Draft(draft_config, weights), read_embedding(WORLD).float()
 

@@ -39,7 +39,7 @@ def test_a_tree_is_served_without_capture_and_says_so(tmp_path, plain_answers, i
 def test_tensor_parallel_ranks_swap_at_once_and_rows_come_from_rank_zero_only(tmp_path):
     server = start_ours(tmp_path / "tp", free_port(), sets=["supervisor.sidecar=false"], flags=["--tp-size", "2"])
     capture = Capture(server)
-    learn(server, capture, num_prompts=40)
+    learn(server)
     before = server.control.request(GetStatus())
 
     roll_back(server.paths.root, to=1)

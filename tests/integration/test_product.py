@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -17,10 +15,10 @@ from onlinespec.gate.holdout import is_holdout
 from onlinespec.record.reader import Recording
 from onlinespec.resolve import load_config
 from onlinespec.serve import plan
-from onlinespec.versions.journal import Journal, Promoted, RolledBack
-from onlinespec.wire.messages import GetStatus
+from onlinespec.versions.journal import CanaryEnded, Journal, Promoted, RolledBack
+from onlinespec.wire.messages import GetStatus, Status
 from onlinespec.world import WORLD
-from tests.integration.servers import DEMO_CONFIG, Server, free_port, send, start_ours, world_prompts
+from tests.integration.servers import DEMO_CONFIG, Load, Server, free_port, sidecar_status, start_ours, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -30,44 +28,6 @@ def product(tmp_path_factory):
     server = start_ours(root, free_port(), sets=sets)
     yield server
     server.stop(signal.SIGKILL)
-
-
-class Load:
-    """Requests without a pause until stopped; every one must succeed."""
-
-    def __init__(self, server: Server):
-        self.answers: list = []
-        self._server = server
-        self._is_done = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def _run(self) -> None:
-        for seed in range(1000):
-            if self._is_done.is_set():
-                return
-            self.answers += send(self._server, world_prompts(8, seed=100 + seed, domains=("code",)), max_tokens=64)
-
-    def __enter__(self) -> "Load":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_exc) -> None:
-        self._is_done.set()
-        self._thread.join()
-
-
-def status(server: Server) -> dict:
-    try:
-        return json.loads(server.paths.sidecar_status.read_bytes())
-    except FileNotFoundError:
-        return {}
-
-
-def wait_for(condition, what: str, limit_s: float = 240) -> None:
-    deadline_s = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline_s, f"waited {limit_s:.0f} s for {what}"
-        time.sleep(0.2)
 
 
 def sidecar_pids(server: Server) -> list[int]:
@@ -88,21 +48,37 @@ def command(*words: str, timeout: float = 60) -> subprocess.CompletedProcess:
     return subprocess.run(line, capture_output=True, text=True, timeout=timeout)
 
 
-def test_a_draft_learns_is_promoted_and_training_survives_kill_nine_without_a_failed_request(product):
+def test_a_draft_learns_and_is_promoted_and_kill_nine_in_a_trial_costs_no_request(product):
+    def served() -> Status:
+        return product.control.request(GetStatus())
+
+    def promoted() -> list[Promoted]:
+        return [event for event in Journal(product.paths).read() if isinstance(event, Promoted)]
+
     with Load(product) as load:
-        wait_for(lambda: any(isinstance(e, Promoted) for e in Journal(product.paths).read()), "a promotion")
+        wait_for(lambda: served().switchback, "a trial")
         wait_for(lambda: product.paths.trainer_state.exists(), "a checkpoint of the trainer")
-        num_steps = status(product)["trainer_step"]
+        num_steps, incumbent = sidecar_status(product)["trainer_step"], served().version
+        is_tried = served().switchback > incumbent
         (pid,) = sidecar_pids(product)
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: sidecar_pids(product) not in ([], [pid]), "a new sidecar")
-        wait_for(lambda: status(product).get("resumes", 0) >= 1, "the sidecar to resume")
-        wait_for(lambda: status(product)["trainer_step"] > num_steps, "training to go on")
+        wait_for(lambda: not served().switchback, "the end of the trial")
+        left = served().version
+        wait_for(lambda: sidecar_status(product).get("resumes", 0) >= 1, "the sidecar to resume")
+        wait_for(lambda: sidecar_status(product)["trainer_step"] > num_steps, "training to go on")
+        wait_for(promoted, "a promotion")
+        num_before = len(load.answers)
+        wait_for(lambda: len(load.answers) >= num_before + 12, "answers with the new draft")
 
+    passed = [e.version for e in Journal(product.paths).read() if isinstance(e, CanaryEnded) and e.decision == "pass"]
     learned = load.answers[-8:]
+    assert is_tried
+    assert left == incumbent
     assert "again in 1 s" in product.log_text()
+    assert promoted()[0].version in passed
     assert sum(a.num_correct_drafts for a in learned) > sum(a.num_correct_drafts for a in load.answers[:8])
-    assert product.control.request(GetStatus()).fuse == "closed"
+    assert served().fuse == "closed"
 
 
 def test_rollback_works_with_the_sidecar_dead_and_bars_what_it_left(product):
@@ -147,7 +123,7 @@ def test_record_keeps_training_rows_on_disk_and_train_learns_from_them_without_t
     assert "nothing is being recorded" in idle.stderr
     assert again.returncode == 1
     assert 1_000_000 < size <= 2_000_000
-    assert status(product)["recording"]["state"] == "full"
+    assert sidecar_status(product)["recording"]["state"] == "full"
     assert samples
     assert not any(is_holdout(sample.group, frac) for sample in samples)
     assert recording.manifest.facts.aux_layers == (2, 4, 5)

@@ -16,13 +16,22 @@ from onlinespec.draft.header import digest
 from onlinespec.draft.model import Draft
 from onlinespec.draft.walk import accept_length, walk
 from onlinespec.operate import roll_back
-from onlinespec.wire.messages import Ack, BlockEnded, GetHello, GetStatus, SetDepth, StartSwitchback, StopSwitchback
+from onlinespec.wire.messages import (
+    Ack,
+    BlockEnded,
+    GetHello,
+    GetStatus,
+    SetDepth,
+    StartSwitchback,
+    StopSwitchback,
+    Swap,
+)
 from onlinespec.world import WORLD
 from tests.integration.drafted import NUM_DRAFT_STEPS, count_walked
 from tests.integration.servers import flush, world_prompts
 
-PROMPTS = world_prompts(16, seed=43)
-MAX_TOKENS = 48
+PROMPTS = world_prompts(12, seed=43, domains=("code", "support"))
+MAX_TOKENS = 32
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +70,7 @@ def texts(answers) -> dict[str, str]:
 
 def switchback_to(served, version: int, **changes) -> StartSwitchback:
     path = str(served.paths.version(version))
-    return StartSwitchback(version, path, digest(path), **{"block_steps": 8, "num_pairs": 4, "seed": 5, **changes})
+    return StartSwitchback(version, path, digest(path), **{"block_steps": 6, "num_pairs": 3, "seed": 5, **changes})
 
 
 def test_a_switchback_under_load_drafts_with_both_versions_and_changes_no_answer(served, capture, before, fresh):
@@ -112,12 +121,13 @@ def test_a_stop_and_a_swap_end_a_switchback_with_the_right_weights(served, captu
     sending = threading.Thread(target=capture.send, args=(PROMPTS[:6],), kwargs={"max_tokens": MAX_TOKENS})
     sending.start()
     sending.join()
-    roll_back(served.paths.root, to=2)
+    path = str(served.paths.version(2))
+    acks += [served.control.acknowledged(Swap(2, path, digest(path)))]
     status = served.control.request(GetStatus())
     flush(served)
-    _, samples = capture.send(PROMPTS[6:14], max_tokens=MAX_TOKENS)
+    _, samples = capture.send(PROMPTS[6:], max_tokens=MAX_TOKENS)
 
-    assert [ack.is_ok for ack in acks] == [True] * 3
+    assert [ack.is_ok for ack in acks] == [True] * 4
     assert (status.switchback, status.version) == (0, 2)
     assert {version for sample in samples for version in sample.verify.version} == {2}
     assert count_walked(second, samples, embed_VD) > 5

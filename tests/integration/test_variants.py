@@ -1,48 +1,23 @@
 """The same traffic with a part of the loop taken out: the checks of the demo must then fail."""
 
 import asyncio
-import contextlib
 import json
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from onlinespec.bench.client import Sampling
 from onlinespec.demo.result import build_result, checks
 from onlinespec.demo.traffic import Phase, Traffic
 from onlinespec.operate import roll_back
-from onlinespec.resolve import dump_config, load_config
 from onlinespec.versions.journal import Journal, Judged, Promoted, RaceStarted
 from onlinespec.versions.state import state_of
 from onlinespec.world import WORLD
 from onlinespec.world.corpus import FIRST_DOMAIN, SHIFT_DOMAIN
-from tests.integration.servers import REPOSITORY, Server
+from tests.integration.servers import Server, sidecar
 
-RANDOM_CANDIDATES = Path(__file__).parent / "random_candidates.py"
-
-
-@contextlib.contextmanager
-def sidecar(served: Server, command: list[str], **changes) -> Iterator[None]:
-    """Run a sidecar on the shared server with some sections of its config replaced."""
-    config = load_config([served.paths.resolved_config])
-    sections = {name: msgspec.structs.replace(getattr(config, name), **fields) for name, fields in changes.items()}
-    served.paths.resolved_config.write_text(dump_config(msgspec.structs.replace(config, **sections)))
-    served.paths.trainer_state.unlink(missing_ok=True)
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    process = subprocess.Popen([sys.executable, *command, str(served.paths.root)], env=environment)
-    try:
-        yield
-        assert process.poll() is None, "the sidecar ended early"
-    finally:
-        process.terminate()
-        process.wait(30)
-        served.paths.resolved_config.write_text(dump_config(config))
+RANDOM_CANDIDATES = [str(Path(__file__).parent / "random_candidates.py")]
 
 
 def play(served: Server, num_tokens: int, max_tokens: int, seed: int):
@@ -71,7 +46,7 @@ def on_first_version(served, capture, learned):
 def test_with_the_trainer_disabled_nothing_is_learned_and_the_demos_checks_fail(served, on_first_version):
     num_events = len(Journal(served.paths).read())
 
-    with sidecar(served, ["-m", "onlinespec.sidecar"], trainer={"enabled": False}):
+    with sidecar(served, trainer={"enabled": False}):
         phases, records = play(served, num_tokens=2500, max_tokens=64, seed=3)
         time.sleep(3)
         status = json.loads(served.paths.sidecar_status.read_bytes())
@@ -90,7 +65,7 @@ def test_candidates_of_random_weights_are_judged_and_never_promoted(served, on_f
     num_events = len(Journal(served.paths).read())
     cadence = {"candidate_steps": 2, "futility_requests": 12, "holdout_frac": 0.6}
 
-    with sidecar(served, [str(RANDOM_CANDIDATES)], gate=cadence):
+    with sidecar(served, RANDOM_CANDIDATES, gate=cadence):
         play(served, num_tokens=3500, max_tokens=32, seed=4)
         time.sleep(2)
 

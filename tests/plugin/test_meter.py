@@ -44,10 +44,10 @@ def test_a_steps_cost_is_the_time_to_the_next_one_with_its_own_tokens(bench: Ben
     bench.decode([1, 1, 1], 500)
 
     assert bench.counters == {
-        "decode_steps_d3_b2": 2,
-        "decode_tokens_d3_b2": 10,
-        "decode_requests_d3_b2": 6,
-        "decode_us_d3_b2": 1600,
+        "decode_steps_d3_b4": 2,
+        "decode_tokens_d3_b4": 10,
+        "decode_requests_d3_b4": 6,
+        "decode_us_d3_b4": 1600,
     }
 
 
@@ -69,7 +69,7 @@ def test_steps_of_other_depths_and_loads_are_kept_apart_and_the_change_is_droppe
     assert {key: value for key, value in bench.counters.items() if key.startswith("decode_us")} == {
         "decode_us_d3_b1": 10,
         "decode_us_d0_b1": 4,
-        "decode_us_d0_b8": 5,
+        "decode_us_d0_b16": 5,
     }
 
 
