@@ -19,6 +19,7 @@ from onlinespec.resolve import load_config
 from onlinespec.trainer.step import Trainer
 from onlinespec.versions.journal import Journal, Published
 from onlinespec.versions.manifest import Provenance
+from onlinespec.versions.state import state_of
 from onlinespec.versions.store import VersionStore
 from onlinespec.world import WORLD
 from onlinespec.world.hf import AutoModelForCausalLM, AutoTokenizer
@@ -27,7 +28,8 @@ from tests.integration.servers import Server, free_port, send, start_ours, start
 
 NUM_IDENTITY_PROMPTS = 100
 IDENTITY_TOKENS = 96
-MODULES = ("test_identity", "test_rows", "test_switchback", "test_variants", "test_product", "test_full", "test_drafts")
+MODULES = ("test_identity", "test_rows", "test_switchback", "test_variants", "test_battery")
+MODULES += ("test_product", "test_full", "test_drafts")
 
 
 def pytest_collection_modifyitems(items) -> None:
@@ -115,6 +117,14 @@ def learn(server: Server, capture: Capture, num_prompts: int) -> list[Sample]:
 @pytest.fixture(scope="session")
 def learned(served, capture) -> list[Sample]:
     return learn(served, capture, num_prompts=96)
+
+
+@pytest.fixture
+def on_first_version(served, capture, learned):
+    """The untrained draft in service. `capture` ends first: two receivers would share the samples between them."""
+    capture.close()
+    if state_of(Journal(served.paths).read()).incumbent != 1:
+        roll_back(served.paths.root, to=1)
 
 
 @pytest.fixture(scope="session")

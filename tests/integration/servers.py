@@ -1,6 +1,7 @@
 """Real servers for the integration tests: started as a user would, one at a time."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -9,13 +10,16 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from onlinespec.bench.accept import drive
 from onlinespec.bench.client import Answer, Prompt, Sampling
 from onlinespec.paths import RunPaths
+from onlinespec.resolve import dump_config, load_config
 from onlinespec.wire.sockets import ControlClient
 from onlinespec.world import WORLD
 from onlinespec.world.corpus import DOMAINS, prompts
@@ -122,6 +126,24 @@ def flush(server: Server) -> None:
     request = urllib.request.Request(f"{server.base_url}/flush_cache", method="POST")
     with urllib.request.urlopen(request, timeout=30) as answer:
         assert answer.status == 200
+
+
+@contextlib.contextmanager
+def sidecar(served: Server, command: list[str], **changes) -> Iterator[None]:
+    """Run a sidecar on the shared server with some sections of its config replaced."""
+    config = load_config([served.paths.resolved_config])
+    sections = {name: msgspec.structs.replace(getattr(config, name), **fields) for name, fields in changes.items()}
+    served.paths.resolved_config.write_text(dump_config(msgspec.structs.replace(config, **sections)))
+    served.paths.trainer_state.unlink(missing_ok=True)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen([sys.executable, *command, str(served.paths.root)], env=environment)
+    try:
+        yield
+        assert process.poll() is None, "the sidecar ended early"
+    finally:
+        process.terminate()
+        process.wait(30)
+        served.paths.resolved_config.write_text(dump_config(config))
 
 
 def free_port() -> int:

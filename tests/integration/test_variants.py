@@ -1,48 +1,19 @@
 """The same traffic with a part of the loop taken out: the checks of the demo must then fail."""
 
 import asyncio
-import contextlib
 import json
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-
-import msgspec
-import pytest
 
 from onlinespec.bench.client import Sampling
 from onlinespec.demo.result import build_result, checks
 from onlinespec.demo.traffic import Phase, Traffic
-from onlinespec.operate import roll_back
-from onlinespec.resolve import dump_config, load_config
 from onlinespec.versions.journal import Journal, Judged, Promoted, RaceStarted
-from onlinespec.versions.state import state_of
 from onlinespec.world import WORLD
 from onlinespec.world.corpus import FIRST_DOMAIN, SHIFT_DOMAIN
-from tests.integration.servers import REPOSITORY, Server
+from tests.integration.servers import Server, sidecar
 
 RANDOM_CANDIDATES = Path(__file__).parent / "random_candidates.py"
-
-
-@contextlib.contextmanager
-def sidecar(served: Server, command: list[str], **changes) -> Iterator[None]:
-    """Run a sidecar on the shared server with some sections of its config replaced."""
-    config = load_config([served.paths.resolved_config])
-    sections = {name: msgspec.structs.replace(getattr(config, name), **fields) for name, fields in changes.items()}
-    served.paths.resolved_config.write_text(dump_config(msgspec.structs.replace(config, **sections)))
-    served.paths.trainer_state.unlink(missing_ok=True)
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    process = subprocess.Popen([sys.executable, *command, str(served.paths.root)], env=environment)
-    try:
-        yield
-        assert process.poll() is None, "the sidecar ended early"
-    finally:
-        process.terminate()
-        process.wait(30)
-        served.paths.resolved_config.write_text(dump_config(config))
 
 
 def play(served: Server, num_tokens: int, max_tokens: int, seed: int):
@@ -58,14 +29,6 @@ def play(served: Server, num_tokens: int, max_tokens: int, seed: int):
 
     asyncio.run(run())
     return phases, traffic.records
-
-
-@pytest.fixture
-def on_first_version(served, capture, learned):
-    """The untrained draft in service. `capture` ends first: two receivers would share the samples between them."""
-    capture.close()
-    if state_of(Journal(served.paths).read()).incumbent != 1:
-        roll_back(served.paths.root, to=1)
 
 
 def test_with_the_trainer_disabled_nothing_is_learned_and_the_demos_checks_fail(served, on_first_version):
