@@ -7,7 +7,7 @@ is pruned to the tokens that are frequent, so that there is a map to be wrong.
 import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from onlinespec.config import TrainerConfig
-from onlinespec.draft.checkpoint import write_draft
+from onlinespec.draft.checkpoint import read_draft, write_draft
 from onlinespec.draft.config import DraftConfig, read_target
 from onlinespec.draft.fresh import build_fresh_draft, fresh_config, read_embedding
 from onlinespec.draft.header import WEIGHTS_FILE, aux_layers, canonical_names
@@ -26,11 +26,12 @@ from onlinespec.world import WORLD
 from onlinespec.world.corpus import FIRST_DOMAIN, SHIFT_DOMAIN, live
 from onlinespec.world.hf import AutoModelForCausalLM, AutoTokenizer
 
-INCUMBENT, GOOD = "incumbent", "good"
+INCUMBENT, GOOD, OFF_BY_ONE = "incumbent", "good", "off-by-one aux layers"
 BATCH = 4
 KEPT_FRAC = 0.75
 """of the target's vocabulary, the most frequent first"""
 Weights = dict[str, torch.Tensor]
+Made = tuple[DraftConfig, Weights]
 
 
 def conversations(domains: Sequence[str], count: int, seed: int) -> list[list[dict[str, str]]]:
@@ -59,7 +60,7 @@ def another_target(folder: Path) -> Path:
     return folder
 
 
-def pruned(folder: Path, base: DraftConfig, samples: Sequence[Sample]) -> tuple[DraftConfig, Weights]:
+def pruned(folder: Path, base: DraftConfig, samples: Sequence[Sample]) -> Made:
     """A fresh draft that speaks the frequent part of the vocabulary."""
     counts = Counter(token for sample in samples for token in sample.tokens_T.tolist())
     order = sorted(range(base.vocab_size), key=lambda token: (-counts[token], token))
@@ -80,35 +81,68 @@ def trained(config: DraftConfig, weights: Weights, samples: Sequence[Sample], nu
 
 
 def build(root: Path, num_steps: int) -> None:
-    """Write a folder for each candidate below `root`. num_steps: of the incumbent's training."""
+    """Write a folder for each candidate below `root`. num_steps: that one is trained beyond the incumbent."""
     base = fresh_config(read_target(WORLD))
-    both = conversations((FIRST_DOMAIN, SHIFT_DOMAIN), 160, seed=501)
-    samples = rows_of(WORLD, base, both)
+    samples = rows_of(WORLD, base, both_domains(160, seed=501))
     config, fresh = pruned(root / ".fresh", base, samples)
-    first, later = samples[:64], samples[64:]
-    incumbent = trained(config, fresh, first, num_steps)
-    print("incumbent trained", flush=True)
+    incumbent = trained(config, trained(config, fresh, samples[:64], num_steps // 2), samples[64:], num_steps)
+    write_draft(root / INCUMBENT, config, incumbent)
+    write_damaged(root, config, incumbent)
+    for name, make in TRAINED.items():
+        print(f"training {name}", flush=True)
+        wrong, weights = make(root, config, fresh, incumbent, num_steps)
+        write_draft(root / name, wrong, weights)
 
-    def put(name: str, weights: Weights, config: DraftConfig = config) -> None:
-        write_draft(root / name, config, weights)
-        print(name, flush=True)
 
-    put(INCUMBENT, incumbent)
-    put(GOOD, trained(config, incumbent, later, 2 * num_steps))
-    damaged(root, config, incumbent)
-    put("overfit on ten requests", trained(config, incumbent, later[:10], 2 * num_steps))
-    one = rows_of(WORLD, base, conversations((FIRST_DOMAIN,), 60, seed=502))
-    put("good only on one slice", trained(config, incumbent, one, 2 * num_steps))
+def both_domains(count: int, seed: int) -> list[list[dict[str, str]]]:
+    return conversations((FIRST_DOMAIN, SHIFT_DOMAIN), count, seed)
+
+
+def good(root: Path, config: DraftConfig, fresh: Weights, incumbent: Weights, num_steps: int) -> Made:
+    """The incumbent, trained on with new requests of both domains."""
+    return config, trained(config, incumbent, rows_of(WORLD, config, both_domains(160, seed=503)), num_steps)
+
+
+def overfit(root: Path, config: DraftConfig, fresh: Weights, incumbent: Weights, num_steps: int) -> Made:
+    """The incumbent, trained on with ten requests over and over."""
+    return config, trained(config, incumbent, rows_of(WORLD, config, both_domains(10, seed=504)), num_steps)
+
+
+def one_sided(root: Path, config: DraftConfig, fresh: Weights, incumbent: Weights, num_steps: int) -> Made:
+    """The incumbent, trained on with one domain alone."""
+    talks = conversations((FIRST_DOMAIN,), 80, seed=502)
+    return config, trained(config, incumbent, rows_of(WORLD, config, talks), num_steps)
+
+
+def off_by_one(root: Path, config: DraftConfig, fresh: Weights, incumbent: Weights, num_steps: int) -> Made:
+    """The incumbent, trained on with what each captured layer puts out instead of what it is given; it says so."""
     inputs = aux_layers(config, read_target(WORLD).num_layers)
-    shifted = replace(base, aux_layers=tuple(inputs))  # as outputs, each one layer later than the served ones
-    wrong = trained(config, fresh, rows_of(WORLD, shifted, both[:64]), num_steps)
-    put("off-by-one aux layers", wrong, replace(config, aux_layers=tuple(inputs)))
-    put("off-by-one aux layers, not said", wrong)
-    other = rows_of(another_target(root / ".another"), base, both[:64])
-    put("trained for another target", trained(config, fresh, other, num_steps))
+    shifted = replace(config, aux_layers=tuple(inputs))  # an id names a layer by its output
+    return shifted, trained(config, incumbent, rows_of(WORLD, shifted, both_domains(80, seed=505)), num_steps)
 
 
-def damaged(root: Path, config: DraftConfig, sound: Weights) -> None:
+def off_by_one_unsaid(root: Path, config: DraftConfig, fresh: Weights, incumbent: Weights, num_steps: int) -> Made:
+    """The same weights under the config.json of the draft in service."""
+    return config, read_draft(root / OFF_BY_ONE)[1]
+
+
+def of_another_target(root: Path, config: DraftConfig, fresh: Weights, incumbent: Weights, num_steps: int) -> Made:
+    """Trained from the start on rows of a target of the same shape with random weights."""
+    rows = rows_of(another_target(root / ".another"), config, both_domains(80, seed=506))
+    return config, trained(config, fresh, rows, num_steps // 2)
+
+
+TRAINED: dict[str, Callable[[Path, DraftConfig, Weights, Weights, int], Made]] = {
+    GOOD: good,
+    "overfit on ten requests": overfit,
+    "good only on one slice": one_sided,
+    OFF_BY_ONE: off_by_one,
+    f"{OFF_BY_ONE}, not said": off_by_one_unsaid,
+    "trained for another target": of_another_target,
+}
+
+
+def write_damaged(root: Path, config: DraftConfig, sound: Weights) -> None:
     """What needs no training."""
     floats = {name: tensor for name, tensor in sound.items() if tensor.is_floating_point()}
     random = torch.Generator().manual_seed(7)

@@ -4,7 +4,7 @@ Which stage refuses each, by the journal: sound (before a race), race (held-out 
 (it would not stage or swap). The target's checksum (SGLang's own, over all its tensors) and greedy answers must be the
 same before and after. Two domains, each a tenant. Held-out share 0.9 and short races: minutes, not a day.
 
-Run: python benchmarks/bench_battery.py OUT.json [--candidates DIR] [--steps 32] [--limit_s 480]; candidates that are
+Run: python benchmarks/bench_battery.py OUT.json [--candidates DIR] [--steps 64] [--limit_s 480]; candidates that are
 there are used again.
 """
 
@@ -134,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--candidates", type=Path, default=Path("runs/battery"))
-    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--limit_s", type=float, default=480)
     parser.add_argument("--build-only", action="store_true")
     options = parser.parse_args()
