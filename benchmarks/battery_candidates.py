@@ -157,7 +157,7 @@ def write_damaged(root: Path, config: DraftConfig, sound: Weights) -> None:
     with_nan[3, 5] = float("nan")
     write_draft(root / "NaN", config, sound | {"lm_head.weight": with_nan})
     ids_W = torch.arange(config.draft_vocab_size)
-    wrong_map = ids_W + (config.vocab_size - len(ids_W)) - ids_W
+    wrong_map = torch.full_like(ids_W, config.vocab_size - len(ids_W))
     is_kept_V = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, ids_W + wrong_map, True)
     write_draft(root / "wrong vocabulary map", config, sound | {"d2t": wrong_map, "t2d": is_kept_V})
     write_draft(root / "truncated file", config, sound)

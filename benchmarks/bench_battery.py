@@ -68,8 +68,7 @@ def target_checksum(server: LiveServer) -> str:
     body = json.dumps({"action": "checksum", "selector": "target"}).encode()
     request = urllib.request.Request(f"{server.base_url}/weights_checker", body, {"content-type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as answer:
-        (rank,) = json.load(answer)["payload"]
-    return rank["per_gpu_checksum"]
+        return json.load(answer)["per_engine_checksum"]
 
 
 def greedy_answers(server: LiveServer) -> list[str]:

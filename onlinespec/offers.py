@@ -57,8 +57,8 @@ def offer(root: Path, path: Path, digest: str = "") -> str:
     with tempfile.TemporaryDirectory(prefix=".", dir=paths.offers) as temporary:
         copy = Path(temporary) / "draft"
         copy.mkdir()
-        for file in (WEIGHTS_FILE, CONFIG_FILE):
-            shutil.copyfile(path / file, copy / file)
+        for part in (WEIGHTS_FILE, CONFIG_FILE):
+            shutil.copyfile(path / part, copy / part)
         (copy / _DIGEST_FILE).write_text(digest)
         sync_tree(copy)
         copy.rename(paths.offers / f"{time.time_ns()}-{name}")
