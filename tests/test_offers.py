@@ -10,8 +10,10 @@ import msgspec
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from onlinespec import offers
+from onlinespec.cli import app
 from onlinespec.config import CanaryConfig, Config, GateConfig
 from onlinespec.draft.checkpoint import write_draft
 from onlinespec.draft.header import digest
@@ -88,6 +90,15 @@ def test_an_offer_waits_as_a_copy_with_its_digest_and_a_second_one_changes_nothi
     assert again == f"a draft with digest {digest(path)[:12]} is waiting already; nothing was changed"
     assert second.startswith("other waits for the gate behind 1 others")
     assert {path.name[0] for path in paths.offers.iterdir()}.isdisjoint(".")
+
+
+def test_the_command_offers_a_draft_under_the_digest_it_is_told(paths, write):
+    words = ["offer", str(write()), "--digest", "A" * 64, "--run-dir", str(paths.root)]
+
+    done = CliRunner().invoke(app, words)
+
+    assert (done.exit_code, done.stdout.count("\n")) == (0, 1)
+    assert [offer.digest for offer in offers.waiting(paths)] == ["a" * 64]
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
