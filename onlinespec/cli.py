@@ -84,6 +84,22 @@ def promote(version: Version, reason: Reason = "", run_dir: RunDir = DEFAULT_RUN
 
 
 @app.command()
+def offer(
+    path: Annotated[Path, typer.Argument(help="Directory of a draft: model.safetensors and config.json.")],
+    digest: Annotated[str, typer.Option(help="SHA-256 that model.safetensors should have; its own if left out.")] = "",
+    run_dir: RunDir = DEFAULT_RUN_DIR,
+) -> None:
+    """Have the gate judge a draft that another tool trained: checks, race and trial as for the trainer's own.
+
+    It is copied and waits until no other candidate is under way; `history` shows what became of it. With the sidecar
+    dead it waits too. Again while it waits: says so and changes nothing.
+    """
+    from onlinespec import offers
+
+    typer.echo(offers.offer(run_dir, path, digest))
+
+
+@app.command()
 def rollback(
     to: Annotated[int | None, typer.Option(help="Version to serve; the one before the incumbent if left out.")] = None,
     reason: Reason = "",

@@ -49,6 +49,12 @@ class DepthKeeper:
             self._costs[key] = steps, wall_us
             self._floor.observe_cost(depth, load, steps - steps_before, (wall_us - us_before) * 1e-6, now_s=now_s)
 
+    def settle(self) -> int:
+        """End a probe, and return the depth that requests are served at."""
+        if self.num_steps != self._settled:
+            self._set(self._settled)
+        return self._settled
+
     def accepted(self, num_tokens: int, num_steps: int) -> None:
         """Take the incumbent's walk over a held-out request."""
         self._floor.observe_accept(num_tokens, num_steps)
@@ -63,11 +69,14 @@ class DepthKeeper:
             return
         self.wanted = wanted = self._floor.decide(running_requests, now_s)
         if wanted.depth != self.num_steps:
-            ack = self._control.acknowledged(SetDepth(wanted.depth))
-            if not ack.is_ok:
-                raise SwapError(f"the server refused draft depth {wanted.depth}: {ack.message}")
-            self.num_steps = wanted.depth
+            self._set(wanted.depth)
         if wanted.num_steps is None and wanted.depth != self._settled:
             self._settled = wanted.depth
             event = DepthChanged(time_s=time.time(), num_steps=wanted.depth, by="floor", reason=wanted.reason)
             self._journal.append(event)
+
+    def _set(self, num_steps: int) -> None:
+        ack = self._control.acknowledged(SetDepth(num_steps))
+        if not ack.is_ok:
+            raise SwapError(f"the server refused draft depth {num_steps}: {ack.message}")
+        self.num_steps = num_steps

@@ -57,7 +57,7 @@ def _told(event: AnyEvent) -> tuple[str, str]:
             parent = "" if event.parent is None else f", trained from version {event.parent}"
             return "published", f"version {event.version}, weights {event.digest[:_SHOWN]}{parent}"
         case RaceStarted():
-            return "candidate", f"{event.candidate_digest[:_SHOWN]} at alpha {event.alpha:.4f}"
+            return "candidate", f"{_candidate(event)} at alpha {event.alpha:.4f}"
         case Judged():
             return f"gate: {event.verdict.get('decision')}", _judgement(event)
         case Withheld():
@@ -104,8 +104,12 @@ def _because(reason: str) -> str:
     return f": {reason}" if reason else ""
 
 
+def _candidate(event: RaceStarted | Judged) -> str:
+    return event.candidate_digest[:_SHOWN] + (f" ({event.source})" if event.source else "")
+
+
 def _judgement(event: Judged) -> str:
-    return f"{event.candidate_digest[:_SHOWN]}{_because('; '.join(_evidence(event.verdict)))}"
+    return f"{_candidate(event)}{_because('; '.join(_evidence(event.verdict)))}"
 
 
 def _evidence(found: dict[str, Any]) -> Iterator[str]:

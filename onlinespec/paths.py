@@ -53,6 +53,11 @@ class RunPaths:
         return self.versions / f"{number:06d}"
 
     @property
+    def offers(self) -> Path:
+        """Drafts that `onlinespec offer` left for the gate; each goes when the sidecar takes it."""
+        return self.root / "offers"
+
+    @property
     def journal(self) -> Path:
         """Append-only JSONL of every publish, verdict, swap and rollback."""
         return self.root / "journal.jsonl"

@@ -14,10 +14,13 @@ from safetensors.torch import save
 
 from onlinespec.config import Config
 from onlinespec.depth import DepthKeeper
-from onlinespec.draft.header import digest_of_bytes
+from onlinespec.draft.checkpoint import unsound_reason
+from onlinespec.draft.config import read_target
+from onlinespec.draft.header import MAP_NAMES, digest_of_bytes
 from onlinespec.draft.model import Draft
 from onlinespec.draft.sample import Sample, VerifySteps
 from onlinespec.draft.walk import accept_walk, matches_each
+from onlinespec.errors import CheckpointError
 from onlinespec.gate.budget import candidate_alpha, may_start
 from onlinespec.gate.canary import CanaryVerdict
 from onlinespec.gate.guard import GuardVerdict
@@ -25,6 +28,7 @@ from onlinespec.gate.race import Race
 from onlinespec.gate.slices import slice_labels
 from onlinespec.gate.verdict import Verdict, Walked, barred_reason, fidelity_of
 from onlinespec.launch import Launch
+from onlinespec.offers import read_offer, take, waiting
 from onlinespec.paths import RunPaths
 from onlinespec.service import Candidate, Service
 from onlinespec.trial import Trial, switchback_order
@@ -63,10 +67,12 @@ class Promoter:
         self.trial: Trial | None = None
         self.watch: Watch | None = None
         self.has_moved = False
-        """another hand put a version in service since this was last set to False"""
+        """what came into service since this was last set to False is not the trainer's own"""
         self.num_incomplete = 0
         """held-out requests that were not walked for want of rows"""
         self.last_verdict: Verdict | None = None
+        self.last_refusal = ""
+        """of a candidate that got no race; empty where there was none"""
         self.last_trial: CanaryVerdict | None = None
         self.last_harm: GuardVerdict | None = None
         control.acknowledged(StopSwitchback())  # of a sidecar before this one
@@ -76,6 +82,8 @@ class Promoter:
         self._config = config
         self._num_draft_steps = launch.num_draft_steps
         self._control = control
+        self._paths = paths
+        self._launch = launch
         self._embed_VD = embed_VD
         self._was_trained_on = was_trained_on
         self._candidate: Candidate | None = None
@@ -95,6 +103,9 @@ class Promoter:
         has_moved = self.service.sync()
         if was_pinned and self.service.state.pinned is None and self.watch is None:
             self._start_watch(self.service.parent())
+        hold = self.service.state.hold
+        if self.trial is not None and hold:
+            self._end_trial(self.trial.canary.withdraw(hold, now_s=time.time()))
         if has_moved:
             self._withdraw(f"version {self.service.version} came into service meanwhile")
             self._moved()
@@ -118,22 +129,66 @@ class Promoter:
             guard, version, num_steps = self._config.guard, self.service.version, self._num_draft_steps
             self.watch = Watch(guard, version, number, draft, num_steps, time.time())
 
-    def freeze(self, weights: dict[str, torch.Tensor], provenance: Provenance) -> None:
-        """Start a race for these weights; barred ones are passed over, and all while paused or over budget."""
-        self.sync()
-        state, gate = self.service.state, self._config.gate
-        if state.is_paused:
+    def take_offer(self) -> None:
+        """Judge the next draft that another tool trained, where one waits and a race may begin."""
+        if self.is_busy or not waiting(self._paths):
             return
+        self.sync()
+        if self._level() is None:
+            return
+        offer = take(self._paths)
+        assert offer is not None
+        try:
+            num_layers = read_target(self._launch.model).num_layers
+            weights = read_offer(offer, self.service.draft_config, num_layers)
+        except CheckpointError as error:
+            self._refuse(offer.digest, offer.name, f"not sound: {error}")
+            return
+        self.freeze(weights, Provenance(optimizer_steps=0, answer_tokens=0, seed=0, tenants=(), source=offer.name))
+
+    def _level(self) -> float | None:
+        """What a race that begins now may spend; None where none may: paused, or over budget."""
+        now_s, gate = time.time(), self._config.gate
+        events = self.service.journal.read()
+        races = [(event.time_s, event.alpha) for event in events if isinstance(event, RaceStarted)]
+        if self.service.state.is_paused or not may_start(now_s, races, gate):
+            return None
+        return candidate_alpha(now_s, races, gate)
+
+    def _refuse(self, digest: str, source: str, reason: str) -> None:
+        """Write down a candidate that gets no race, and so spends nothing of the error budget."""
+        verdict = {"decision": "drop", "stage": "sound", "reason": reason}
+        self.service.append(Judged(time_s=time.time(), candidate_digest=digest, verdict=verdict, source=source))
+        self.last_refusal = f"{source or digest[:12]}: {reason}"
+        print(f"onlinespec sidecar: candidate {self.last_refusal}", flush=True)
+
+    def freeze(self, weights: dict[str, torch.Tensor], provenance: Provenance) -> None:
+        """Start a race for these weights. None starts while paused or over budget; what is not sound is refused.
+
+        Of the trainer's own, weights that are barred or in service already are passed over; of offered ones they are
+        refused. Weights that are not finite may be the trainer's own too: its steps skip a loss or a gradient that
+        is not, but an update of a diverged one may overflow.
+        """
+        self.sync()
+        alpha = self._level()
+        if alpha is None:
+            return
+        state, gate, source = self.service.state, self._config.gate, provenance.source
         digest = digest_of_bytes(save(weights))
         incumbent_digest = state.digests[self.service.version]
-        if barred_reason(digest, state.barred) or digest == incumbent_digest:
+        idle = barred_reason(digest, state.barred)
+        idle = "these weights are in service already" if digest == incumbent_digest else idle
+        if idle:
+            if source:
+                self._refuse(digest, source, idle)
             return
-        now_s, events = time.time(), self.service.journal.read()
-        races = [(event.time_s, event.alpha) for event in events if isinstance(event, RaceStarted)]
-        if not may_start(now_s, races, gate):
+        served = self.service.draft.weights()
+        shapes = {name: tuple(tensor.shape) for name, tensor in served.items()}
+        maps = {name: served[name] for name in MAP_NAMES & served.keys()}
+        if reason := unsound_reason(weights, shapes, maps):
+            self._refuse(digest, source, f"not sound: {reason}")
             return
-        alpha = candidate_alpha(now_s, races, gate)
-        self.service.append(RaceStarted(time_s=now_s, candidate_digest=digest, alpha=alpha))
+        self.service.append(RaceStarted(time_s=time.time(), candidate_digest=digest, alpha=alpha, source=source))
         self._candidate = Candidate(digest, weights, Draft(self.service.draft_config, weights), provenance)
         self.race = Race(
             digest,
@@ -228,11 +283,14 @@ class Promoter:
         assert candidate is not None
         self.last_verdict = verdict
         evidence = msgspec.to_builtins(verdict)
-        self.service.append(Judged(time_s=time.time(), candidate_digest=candidate.digest, verdict=evidence))
+        source = candidate.provenance.source
+        self.service.append(
+            Judged(time_s=time.time(), candidate_digest=candidate.digest, verdict=evidence, source=source)
+        )
         if verdict.decision != "promote" or self.service.is_forbidden(candidate):
             return
         manifest = self.service.publish(candidate, evidence)
-        if self._config.canary.enabled and self.depth.num_steps:
+        if self._config.canary.enabled and self.depth.settle():
             self._start_trial(candidate, manifest)
         else:
             self._promote(candidate, manifest)
@@ -280,6 +338,8 @@ class Promoter:
         if self.service.promote(candidate, manifest):
             self._start_watch(parent)
             self.depth.swapped()
+            if candidate.provenance.source:
+                self.has_moved = True  # another tool's: the trainer has to go on from it
             if self.last_verdict is not None:
                 self.depth.accepted(self.last_verdict.candidate.tokens, self.last_verdict.candidate.steps)
 
@@ -323,6 +383,7 @@ class Promoter:
             },
             "depth": wanted.reason if wanted else self.depth.num_steps,
             "last_verdict": verdict and f"{verdict.decision}: {verdict.reason}",
+            "last_refusal": self.last_refusal or None,
             "last_trial": canary and f"{canary.outcome}: {canary.reason}",
             "last_harm": harm and harm.reason,
             "heldout_incomplete": self.num_incomplete,

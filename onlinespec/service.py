@@ -15,6 +15,7 @@ from onlinespec.config import VersionsConfig
 from onlinespec.draft.checkpoint import read_draft, write_draft
 from onlinespec.draft.config import DraftConfig
 from onlinespec.draft.model import Draft
+from onlinespec.errors import VersionError
 from onlinespec.gate.guard import GuardVerdict
 from onlinespec.gate.verdict import barred_reason
 from onlinespec.launch import Launch
@@ -119,7 +120,11 @@ class Service:
         parent = self.state.parents.get(self.version)
         if parent is None or not self._paths.version(parent).is_dir():
             return None
-        if self._store.manifest(parent).target_digest != self.target_digest:
+        try:
+            if self._store.verify(parent).target_digest != self.target_digest:
+                return None
+        except VersionError as error:
+            print(f"onlinespec sidecar: no guard against version {parent}: {error}", flush=True)
             return None
         return parent, Draft(*read_draft(self._paths.version(parent)))
 
@@ -167,7 +172,6 @@ class Service:
                 Promoted(time_s=time.time(), version=manifest.version, from_version=self.version, by="gate")
             )
         self.version, self.draft = manifest.version, candidate.draft
-        self.sync()
         self._retain()
         return True
 
@@ -186,7 +190,11 @@ class Service:
             if state.previous is None:
                 return "there is no version to return to"
             event = rollback_from(state, None, "guard", time.time(), harm.reason)
-            if not self._swap(self._store.verify(event.to_version)):
+            try:
+                manifest = self._store.verify(event.to_version)
+            except VersionError as error:
+                return str(error)
+            if not self._swap(manifest):
                 return "the server refused the swap"
             self.journal.append(event)
         return ""
@@ -200,16 +208,24 @@ class Service:
 
     def change_target(self, num_updates: int) -> None:
         """Write down that the server's target has other weights, whose digest nobody computed."""
-        to_digest = f"{self._launch.target_digest}+{num_updates}"
-        event = TargetChanged(time_s=time.time(), from_digest=self.target_digest, to_digest=to_digest)
+        launch = self._launch
+        event = TargetChanged(
+            time_s=time.time(),
+            from_digest=self.target_digest,
+            to_digest=f"{launch.target_digest}+{launch.serve_pid}.{num_updates}",
+            num_updates=num_updates,
+        )
         self.journal.append(event)
         self.sync()
 
     def num_target_updates(self) -> int:
-        """Changes of the target that the journal knows of, since the server started."""
+        """Updates of the target that the journal knows of, since the server started."""
         count = 0
         for event in self.journal.read():
-            count = 0 if isinstance(event, ServerStarted) else count + isinstance(event, TargetChanged)
+            if isinstance(event, ServerStarted):
+                count = 0
+            elif isinstance(event, TargetChanged):
+                count = event.num_updates
         return count
 
     def _retain(self) -> None:

@@ -216,8 +216,9 @@ class Sidecar:
         self._frozen_at_step = self.trainer.num_steps
 
     def _keep_watch(self, now_s: float) -> None:
-        """Once a second: what waits for too little traffic ends; the depth follows its cost."""
+        """Once a second: what waits for too little traffic ends, an offer is taken, the depth follows its cost."""
         self.promoter.expire(now_s)
+        self.promoter.take_offer()
         if self.promoter.trial is None:
             self.promoter.depth.keep(self._server_counters.get("running_requests", 0), time.monotonic())
 
@@ -287,6 +288,7 @@ class Sidecar:
         if self.trainer.num_steps - self._frozen_at_step < self._config.gate.candidate_steps:
             return
         self.promoter.give_way(time.time())
+        self.promoter.take_offer()  # others' come before its own
         if not self.promoter.is_busy:
             self._frozen_at_step = self.trainer.num_steps
             self.promoter.freeze(self.trainer.weights(), self._provenance())

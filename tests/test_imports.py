@@ -35,9 +35,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trial": {"config", "wire", "gate"},
     "watch": {"config", "draft", "gate"},
     "depth": {"errors", "config", "wire", "gate", "versions"},
-    "service": {"config", "paths", "wire", "launch", "draft", "gate", "versions"},
-    "promote": {"config", "paths", "wire", "launch", "draft", "gate", "versions"}
-    | {"service", "trial", "watch", "depth"},
+    "service": {"errors", "config", "paths", "wire", "launch", "draft", "gate", "versions"},
+    "offers": {"errors", "paths", "launch", "draft", "versions"},
+    "promote": {"errors", "config", "paths", "wire", "launch", "draft", "gate", "versions"}
+    | {"offers", "service", "trial", "watch", "depth"},
     "sidecar": {"errors", "config", "resolve", "paths", "wire", "launch", "draft", "trainer", "gate", "versions"}
     | {"promote", "record"},
     "provision": {"errors", "config", "paths", "draft", "versions"},
@@ -55,6 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "provision",
         "serve",
         "operate",
+        "offers",
         "history",
         "bench",
         "demo",

@@ -253,7 +253,7 @@ def test_changed_target_weights_void_what_was_shown_and_what_could_be_returned_t
 
     (ended, changed) = written(paths, CanaryEnded, TargetChanged)
     assert ended.decision == "withdrawn"
-    assert (changed.from_digest, changed.to_digest) == (TARGET, f"{TARGET}+1")
+    assert (changed.from_digest, changed.to_digest) == (TARGET, f"{TARGET}+{os.getpid()}.1")
     assert promoter.watch is None
     assert promoter.service.state.previous is None
     assert promoter.service.num_target_updates() == 1

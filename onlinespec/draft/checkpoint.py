@@ -6,6 +6,7 @@ W draft vocabulary.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -36,6 +37,11 @@ def read_draft(path: Path | str) -> tuple[DraftConfig, dict[str, torch.Tensor]]:
             )
     if config.is_pruned:
         target_ids(file, config, weights["d2t"])
+    elif "d2t" in spelt and bool(spelt["d2t"].any()):
+        raise CheckpointError(
+            f"{file}: d2t maps to other ids, which SGLang would follow, and config.json has the whole vocabulary; "
+            f"remove it from the file, or set draft_vocab_size to its length"
+        )
     return config, weights
 
 
@@ -53,6 +59,29 @@ def target_ids(source: Path | str, config: DraftConfig, d2t_W: torch.Tensor) -> 
             f"below {config.vocab_size}; d2t holds offsets (target id - draft id), not ids"
         )
     return ids_W
+
+
+def unsound_reason(
+    weights: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], maps: Mapping[str, torch.Tensor]
+) -> str | None:
+    """Say why weights must not take the place of those in service; None where they may.
+
+    shapes: of the draft in service, by name. They are the allow-list: `embed_tokens`, the target's own table, is not
+    among them. maps: its `d2t` and `t2d` as far as they are known; SGLang reads them once, at start.
+    """
+    if extra := sorted(weights.keys() - shapes.keys()):
+        return f"it has the tensor {extra[0]}, which the draft in service has not"
+    if missing := sorted(shapes.keys() - weights.keys()):
+        return f"it lacks the tensor {missing[0]}"
+    for name, tensor in weights.items():
+        if tuple(tensor.shape) != shapes[name]:
+            return f"{name} has shape {tuple(tensor.shape)}, the draft in service {shapes[name]}"
+        if not bool(torch.isfinite(tensor).all()):
+            return f"{name} has values that are not finite"
+    for name, served in maps.items():
+        if not torch.equal(weights[name], served):
+            return f"it has another {name} than the draft in service"
+    return None
 
 
 def write_draft(path: Path | str, config: DraftConfig, weights: dict[str, torch.Tensor]) -> None:

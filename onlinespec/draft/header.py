@@ -252,6 +252,22 @@ def check_fit(source: Path | str, config: DraftConfig, target: TargetFacts, cont
         )
 
 
+def check_same_shape(source: Path | str, config: DraftConfig, served: DraftConfig, num_layers: int) -> None:
+    """Hold a draft's config against that of the draft in service, which its weights are to replace. num_layers: of
+    the target. Layers count as the same however their ids are spelt; the dtype of the file is free.
+
+    Raises: CheckpointError naming the first field that differs.
+    """
+    ours, theirs = ({**vars(each), "aux_layers": aux_layers(each, num_layers)} for each in (config, served))
+    for name, found in ours.items():
+        if found != theirs[name] and name != "dtype":
+            what = "aux_layers (inputs captured)" if name == "aux_layers" else name
+            raise CheckpointError(
+                f"{source}: {what} is {found}, the draft in service has {theirs[name]}; train it in that shape, or "
+                f"start a server with it by --draft"
+            )
+
+
 def check_draft(path: Path | str, target: TargetFacts, context_tokens: int | None = None) -> DraftConfig:
     """Everything that can be said of a draft directory without torch.
 

@@ -9,7 +9,7 @@ with: `embed_tokens` is the target's own parameter, and a payload that carried i
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
+from onlinespec.draft.checkpoint import unsound_reason
 from onlinespec.draft.header import MAP_NAMES, WEIGHTS_FILE, digest_of_bytes
 from onlinespec.errors import SwapError
 
@@ -45,11 +46,12 @@ class Staged:
     weights: dict[str, torch.Tensor]
 
 
-def read_version(path: str, digest: str, names: frozenset[str]) -> dict[str, torch.Tensor]:
-    """Weights of a version directory, on the CPU.
+def read_version(
+    path: str, digest: str, shapes: Mapping[str, tuple[int, ...]], maps: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Weights of a version directory, on the CPU. shapes, maps: of the draft in service, see `unsound_reason`.
 
-    Raises: SwapError where the file is missing, truncated, other than its digest, or carries other names
-    than the draft in service.
+    Raises: SwapError where the file is missing, truncated, other than its digest, or not sound.
     """
     file = Path(path) / WEIGHTS_FILE
     try:
@@ -63,13 +65,8 @@ def read_version(path: str, digest: str, names: frozenset[str]) -> dict[str, tor
         weights = load(data)
     except SafetensorError as error:
         raise SwapError(f"{file}: {error}; publish the version again") from error
-    if extra := sorted(weights.keys() - names):
-        raise SwapError(f"{file} has the tensor {extra[0]}, which the draft in service has not; nothing was swapped")
-    if missing := sorted(names - weights.keys()):
-        raise SwapError(f"{file} lacks the tensor {missing[0]}; nothing was swapped")
-    for name, tensor in weights.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise SwapError(f"{file}: {name} has values that are not finite; nothing was swapped")
+    if reason := unsound_reason(weights, shapes, maps):
+        raise SwapError(f"{file}: {reason}; nothing was swapped")
     return weights
 
 
@@ -111,14 +108,7 @@ class Swapper:
 
     def stage(self, request: StageVersion) -> Staged:
         """Read and check a version and move it to the device. Raises: SwapError, see `read_version`."""
-        weights = read_version(request.path, request.digest, frozenset(self._shapes))
-        self._check_map(request.version, weights)
-        for name, tensor in weights.items():
-            if tuple(tensor.shape) != self._shapes[name]:
-                raise SwapError(
-                    f"version {request.version}: {name} has shape {tuple(tensor.shape)},"
-                    f" the draft in service {self._shapes[name]}; nothing was swapped"
-                )
+        weights = read_version(request.path, request.digest, self._shapes, self._maps())
         parameter = next(self.model.parameters())
         moved = {
             name: tensor.to(parameter.device, parameter.dtype)
@@ -129,14 +119,12 @@ class Swapper:
             torch.cuda.current_stream(parameter.device).synchronize()
         return Staged(request, moved)
 
-    def _check_map(self, version: int, weights: dict[str, torch.Tensor]) -> None:
-        """The vocabulary map is frozen for a server's life: SGLang reads it once, at start."""
-        if "d2t" not in weights:
-            return
-        offsets = weights["d2t"]
-        served = self.model.hot_token_id.cpu() - torch.arange(len(offsets))
-        if not torch.equal(offsets, served):
-            raise SwapError(f"version {version} has another d2t than the draft in service; nothing was swapped")
+    def _maps(self) -> dict[str, torch.Tensor]:
+        """The vocabulary map as SGLang read it at start; of `t2d` it keeps nothing."""
+        if "d2t" not in self._shapes:
+            return {}
+        ids_W = self.model.hot_token_id.cpu()
+        return {"d2t": ids_W - torch.arange(len(ids_W))}
 
     def begin_stage(self, *requests: StageVersion) -> None:
         """Stage in a thread, in place of what was staged before; its error waits for `wait_staged`."""

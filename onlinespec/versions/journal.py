@@ -44,13 +44,19 @@ class RaceStarted(Event, frozen=True, kw_only=True, tag="race_started"):
 
     candidate_digest: str
     alpha: float
+    source: str = ""
+    """name of a draft that was offered; empty for the trainer's own"""
 
 
 class Judged(Event, frozen=True, kw_only=True, tag="judged"):
     """The gate reached a verdict."""
 
     candidate_digest: str
+    """of a file that could not be read, of its bytes as they were offered"""
     verdict: dict[str, Any]
+    """gate.verdict.Verdict; of a candidate refused without a race its decision, stage (sound) and reason alone"""
+    source: str = ""
+    """name of a draft that was offered; empty for the trainer's own"""
 
 
 class Withheld(Event, frozen=True, kw_only=True, tag="withheld"):
@@ -131,6 +137,8 @@ class TargetChanged(Event, frozen=True, kw_only=True, tag="target_changed"):
 
     from_digest: str
     to_digest: str
+    num_updates: int = 0
+    """since the server started; 0 where it started with other weights"""
 
 
 class Order(Event, frozen=True, kw_only=True):

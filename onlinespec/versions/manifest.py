@@ -23,6 +23,8 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True):
     """whose traffic shaped the weights, over the whole life of the trainer"""
     is_fresh: bool = False
     """an untrained draft: `trainer.kv_free_steps` applies to what is trained from it"""
+    source: str = ""
+    """name of a draft that another tool trained and `onlinespec offer` brought: nothing else is known of it"""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):

@@ -104,6 +104,8 @@ class _Fold:
             case RaceStarted():
                 self.num_candidates += 1
                 self.racing = event.candidate_digest
+            case Judged(verdict={"stage": "sound"}):
+                pass  # no race was begun
             case Judged():
                 self.num_candidates += event.candidate_digest != self.racing
                 self.racing = None

@@ -17,6 +17,7 @@ from onlinespec.operate import roll_back
 from onlinespec.resolve import load_config
 from onlinespec.versions.journal import Journal, Published
 from onlinespec.versions.manifest import Provenance
+from onlinespec.versions.state import state_of
 from onlinespec.versions.store import VersionStore
 from onlinespec.world import WORLD
 from onlinespec.world.hf import AutoModelForCausalLM, AutoTokenizer
@@ -26,7 +27,7 @@ from tests.integration.servers import Server, free_port, send, start_ours, start
 
 NUM_IDENTITY_PROMPTS = 100
 IDENTITY_TOKENS = 96
-_ORDER = ("identity", "rows", "switchback", "variants", "watch", "product", "full", "drafts")
+_ORDER = ("identity", "rows", "switchback", "variants", "battery", "watch", "product", "full", "drafts")
 MODULES = [f"test_{name}" for name in _ORDER]
 
 
@@ -119,6 +120,14 @@ def learned(served, capture) -> list[Sample]:
     _, samples = capture.send(world_prompts(12, seed=5, domains=("code",)), max_tokens=60)
     learn(served)
     return samples
+
+
+@pytest.fixture
+def on_first_version(served, capture, learned):
+    """The untrained draft in service. `capture` ends first: two receivers would share the samples between them."""
+    capture.close()
+    if state_of(Journal(served.paths).read()).incumbent != 1:
+        roll_back(served.paths.root, to=1)
 
 
 @pytest.fixture(scope="session")

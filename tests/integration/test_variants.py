@@ -5,14 +5,10 @@ import json
 import time
 from pathlib import Path
 
-import pytest
-
 from onlinespec.bench.client import Sampling
 from onlinespec.demo.result import build_result, checks
 from onlinespec.demo.traffic import Phase, Traffic
-from onlinespec.operate import roll_back
 from onlinespec.versions.journal import Journal, Judged, Promoted, RaceStarted
-from onlinespec.versions.state import state_of
 from onlinespec.world import WORLD
 from onlinespec.world.corpus import FIRST_DOMAIN, SHIFT_DOMAIN
 from tests.integration.servers import Server, sidecar
@@ -33,14 +29,6 @@ def play(served: Server, num_tokens: int, max_tokens: int, seed: int):
 
     asyncio.run(run())
     return phases, traffic.records
-
-
-@pytest.fixture
-def on_first_version(served, capture, learned):
-    """The untrained draft in service. `capture` ends first: two receivers would share the samples between them."""
-    capture.close()
-    if state_of(Journal(served.paths).read()).incumbent != 1:
-        roll_back(served.paths.root, to=1)
 
 
 def test_with_the_trainer_disabled_nothing_is_learned_and_the_demos_checks_fail(served, on_first_version):

@@ -13,7 +13,7 @@ from onlinespec.errors import SwapError
 from onlinespec.plugin.swap import ApplyVersion, StageVersion, Swapper, read_version
 
 WEIGHTS = {"fc.weight": torch.arange(6.0).reshape(2, 3), "norm.weight": torch.ones(3), "d2t": torch.arange(2)}
-NAMES = frozenset(WEIGHTS)
+SHAPES = {name: tuple(tensor.shape) for name, tensor in WEIGHTS.items()}
 
 
 @pytest.fixture
@@ -31,15 +31,15 @@ def publish(tmp_path: Path) -> Callable[..., str]:
 def test_a_sound_version_is_read_as_it_was_written(publish):
     path = publish()
 
-    weights = read_version(path, digest(path), NAMES)
+    weights = read_version(path, digest(path), SHAPES, {})
 
-    assert weights.keys() == NAMES
-    assert all(torch.equal(weights[name], WEIGHTS[name]) for name in NAMES)
+    assert weights.keys() == SHAPES.keys()
+    assert all(torch.equal(weights[name], WEIGHTS[name]) for name in SHAPES)
 
 
 def test_a_missing_file_is_refused_by_its_path(tmp_path: Path):
     with pytest.raises(SwapError, match=r"model\.safetensors: No such file or directory; publish the version again"):
-        read_version(str(tmp_path), "0" * 64, NAMES)
+        read_version(str(tmp_path), "0" * 64, SHAPES, {})
 
 
 def test_other_bytes_than_those_judged_are_refused_with_both_digests(publish):
@@ -47,7 +47,7 @@ def test_other_bytes_than_those_judged_are_refused_with_both_digests(publish):
     path = publish(norm__weight=torch.zeros(3))
 
     with pytest.raises(SwapError, match=f"has digest {digest(path)[:12]}, wanted {judged[:12]}; the file is damaged"):
-        read_version(path, judged, NAMES)
+        read_version(path, judged, SHAPES, {})
 
 
 @pytest.mark.parametrize("num_bytes", [0, 4, 30, -1])
@@ -57,7 +57,7 @@ def test_a_truncated_file_is_refused_even_where_its_digest_is_the_one_asked_for(
     file.write_bytes(file.read_bytes()[:num_bytes])
 
     with pytest.raises(SwapError, match=r"model\.safetensors: .*; publish the version again"):
-        read_version(path, digest(path), NAMES)
+        read_version(path, digest(path), SHAPES, {})
 
 
 @pytest.mark.parametrize("name", ["embed_tokens.weight", "model.embed_tokens.weight", "midlayer.bias"])
@@ -65,14 +65,14 @@ def test_a_tensor_that_the_draft_in_service_has_not_is_refused_by_name(publish, 
     path = publish(**{name: torch.ones(2)})
 
     with pytest.raises(SwapError, match=rf"has the tensor {name}, .*nothing was swapped"):
-        read_version(path, digest(path), NAMES)
+        read_version(path, digest(path), SHAPES, {})
 
 
 def test_a_tensor_that_is_missing_is_refused_by_name(publish):
     path = publish(norm__weight=None)
 
     with pytest.raises(SwapError, match=r"lacks the tensor norm\.weight; nothing was swapped"):
-        read_version(path, digest(path), NAMES)
+        read_version(path, digest(path), SHAPES, {})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -80,7 +80,7 @@ def test_a_value_that_is_not_finite_is_refused_by_the_name_of_its_tensor(publish
     path = publish(norm__weight=torch.tensor([1.0, value, 1.0]))
 
     with pytest.raises(SwapError, match=r"norm\.weight has values that are not finite; nothing was swapped"):
-        read_version(path, digest(path), NAMES)
+        read_version(path, digest(path), SHAPES, {})
 
 
 class Model(torch.nn.Module):
@@ -105,8 +105,7 @@ class Model(torch.nn.Module):
 def swapper() -> Swapper:
     runner = SimpleNamespace(model=Model())
     scheduler = SimpleNamespace(draft_worker=SimpleNamespace(_draft_worker=SimpleNamespace(draft_runner=runner)))
-    shapes = {name: tuple(tensor.shape) for name, tensor in WEIGHTS.items()}
-    return Swapper(scheduler, shapes, StageVersion(1, "first", "0" * 64))
+    return Swapper(scheduler, SHAPES, StageVersion(1, "first", "0" * 64))
 
 
 def test_a_swap_makes_the_staged_version_the_incumbent_and_frees_what_was_staged(publish, swapper: Swapper):
@@ -119,6 +118,23 @@ def test_a_swap_makes_the_staged_version_the_incumbent_and_frees_what_was_staged
     assert (swapper.version, swapper.incumbent, swapper.num_swaps) == (7, 7, 1)
     with pytest.raises(SwapError, match="version 7 is not staged; nothing was swapped"):
         swapper.apply(ApplyVersion(7))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"fc__weight": torch.ones(3, 2)}, r"fc\.weight has shape \(3, 2\), the draft in service \(2, 3\)"),
+        ({"d2t": WEIGHTS["d2t"] + 1}, "it has another d2t than the draft in service"),
+    ],
+)
+def test_another_shape_or_vocabulary_map_is_refused_before_anything_is_staged(publish, swapper: Swapper, changes, said):
+    path = publish(**changes)
+    swapper.begin_stage(StageVersion(7, path, digest(path)))
+
+    with pytest.raises(SwapError, match=f"{said}; nothing was swapped"):
+        swapper.apply(ApplyVersion(7))
+
+    assert not swapper.model.fc.weight.any()
 
 
 def test_a_version_on_trial_drafts_while_the_incumbent_stays_the_incumbent(publish, swapper: Swapper):
