@@ -56,13 +56,13 @@ class LiveServer:
 
 
 @contextlib.contextmanager
-def serving(port: int, sets: Sequence[str] = ()) -> Iterator[LiveServer]:
-    """Boot, yield, stop; a SIGTERM to us ends the server too."""
+def serving(port: int, sets: Sequence[str] = (), flags: Sequence[str] = ()) -> Iterator[LiveServer]:
+    """Boot, yield, stop; a SIGTERM to us ends the server too. flags: SGLang's."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="osb-") as root:
         paths = RunPaths(root)
         paths.create()
-        flags = ["--port", str(port), "--random-seed", "1", "--log-level", "warning"]
+        flags = ["--port", str(port), "--random-seed", "1", "--log-level", "warning", *flags]
         ours = ["--draft", "init", "--run-dir", root, "--set", "supervisor.sidecar=false"]
         ours += [part for value in sets for part in ("--set", value)]
         command = [sys.executable, "-m", "onlinespec.cli", "serve", str(WORLD), *ours, *flags]
