@@ -1,10 +1,10 @@
 """Does the shadow count what the server counts? Live requests against the walk of the draft that served them.
 
-Chats of both domains, alone or behind a few long shared beginnings. The draft learns from the captured rows and is
-swapped in again and again. Setting "cached" (SGLang's default): three kinds of turns, round and round: a swap with the
-cache flushed (all draft keys and values are then the new version's), a swap under load (cached ones are older drafts'),
-and half of the requests captured (rows of cached prefixes were never seen). Setting "uncached" (SGLang's
---disable-radix-cache): swaps under load; requests that start after a swap are complete and own all they attend to.
+Chats of both domains: alone, behind a few long shared beginnings, and alone with a cache salt of their own (SGLang's
+`cache_salt`), so that nothing cached serves them. The draft learns from the captured rows and is swapped in again and
+again, in three kinds of turns: a swap with the prefix cache flushed (all draft keys and values are then the new
+version's), a swap under load (cached ones are older drafts'), and half of the requests captured (rows of cached
+prefixes were never seen).
 
 A request's class is the gate's (`gate.verdict.fidelity_of`). Equal: every verify step starts where the walk's does,
 with as many accepted and as many committed tokens (the server counts a whole accepted run past a stop, the walk up to
@@ -12,7 +12,7 @@ it), and SGLang's own counters for the request are the walk's sums. Exits with s
 not. In other classes: live minus shadow accept length, shadow of the version that served the request's last step.
 
 Run, as often as wanted, each a boot that adds to OUT.json and goes on with the draft in OUT.draft:
-python benchmarks/bench_shadow_fidelity.py OUT.json --setting cached --requests 300 --seconds 400
+python benchmarks/bench_shadow_fidelity.py OUT.json --requests 500 --seconds 500
 """
 
 import argparse
@@ -21,16 +21,19 @@ import json
 import statistics
 import sys
 import time
+import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import openai
 import torch
 from live import LiveServer, Traffic, prefixed_prompts, serving
 from provenance import provenance
 
-from onlinespec.bench.client import Prompt, Sampling
+from onlinespec.bench.client import Answer, Prompt, Sampling
+from onlinespec.bench.client import ask as streamed
 from onlinespec.demo.run import CONFIG, free_port
 from onlinespec.draft.checkpoint import read_draft, write_draft
 from onlinespec.draft.fresh import read_embedding
@@ -50,36 +53,56 @@ from onlinespec.world.corpus import DOMAINS, prompts
 NUM_USERS = 8
 NUM_PREFIXES = 4
 NUM_TURNS = 3
-MAX_TOKENS = 48
+MAX_TOKENS = 40
 NUM_DRAFT_STEPS = 3
-TURN_REQUESTS = 20
-TURNS = {"cached": ("flushed", "under load", "half captured"), "uncached": ("under load",)}
-FLAGS = {"cached": [], "uncached": ["--disable-radix-cache"]}
+TURN_REQUESTS = 24
+TURNS = ("flushed", "under load", "half captured", "under load")
+SALTED = "salted"
 
 
 def mixed_prompts(seed: int) -> Iterator[Prompt]:
-    """Of both domains, alone and behind shared beginnings, in turn."""
-    alone = [(Prompt.of_text(domain, text) for text in prompts(domain, seed)) for domain in DOMAINS]
-    behind = [prefixed_prompts(domain, seed, NUM_PREFIXES, NUM_TURNS) for domain in DOMAINS]
-    for stream in itertools.cycle([*alone, *behind]):
-        yield next(stream)
+    """Of both domains, of the three kinds, in turn."""
+    alone = {domain: prompts(domain, seed) for domain in DOMAINS}
+    behind = {domain: prefixed_prompts(domain, seed, NUM_PREFIXES, NUM_TURNS) for domain in DOMAINS}
+    while True:
+        for domain in DOMAINS:
+            yield Prompt.of_text(domain, next(alone[domain]))
+            yield next(behind[domain])
+            yield Prompt.of_text(SALTED, next(alone[domain]))
+
+
+async def ask(client: openai.AsyncOpenAI, model: str, prompt: Prompt, sampling: Sampling) -> Answer:
+    """`bench.client.ask` where the cache may serve it; without a stream where it may not."""
+    if prompt.domain != SALTED:
+        return await streamed(client, model, prompt, sampling)
+    answer = Answer(prompt, time.monotonic())
+    completion = await client.chat.completions.create(
+        model=model,
+        messages=list(prompt.messages),
+        temperature=sampling.temperature,
+        max_tokens=sampling.max_tokens,
+        extra_body={"cache_salt": uuid.uuid4().hex},
+    )
+    answer.text = completion.choices[0].message.content
+    return answer
 
 
 class Part:
     """One boot: traffic, training, turns, and a row of figures for every request."""
 
-    def __init__(self, server: LiveServer, setting: str, weights: dict[str, torch.Tensor], is_fresh: bool, seed: int):
+    def __init__(self, server: LiveServer, weights: dict[str, torch.Tensor], is_fresh: bool, seed: int):
         self.rows: list[dict] = []
         self.counters: Counter[str] = Counter()
-        self._server, self._setting = server, setting
+        self._server = server
         self._embed_VD = read_embedding(WORLD).float()
         self.draft_config, _ = read_draft(server.paths.version(1))
-        config = load_config([CONFIG], [f"trainer.seed={seed}"])
+        config = load_config([CONFIG], [f"trainer.seed={seed}", "trainer.passes=2"])
         self.learner = Learner(config, self.draft_config, weights, self._embed_VD, is_fresh=is_fresh)
         self._assembler = Assembler(PrefixRows(2**28), 600, 2**30)
         self._receiver = SampleReceiver(server.paths.samples_endpoint)
         self._control = ControlClient(server.paths.control_endpoint)
-        self._traffic = Traffic(server.base_url, partial(mixed_prompts, seed), NUM_USERS, Sampling(0.0, MAX_TOKENS))
+        sampling = Sampling(max_tokens=MAX_TOKENS)
+        self._traffic = Traffic(server.base_url, partial(mixed_prompts, seed), NUM_USERS, sampling, ask)
         self._drafts: dict[int, Draft] = {}
         self._turn = ""
         self._own_since_s = float("inf")
@@ -119,7 +142,6 @@ class Part:
         is_own = fidelity == "complete" or (not has_swap and sample.started_s > self._own_since_s)
         self.rows.append(
             {
-                "setting": self._setting,
                 "turn": self._turn,
                 "fidelity": fidelity,
                 "is_kv_own": is_own,
@@ -135,9 +157,8 @@ class Part:
     def _serve(self, is_done) -> None:
         """Take and learn until it is."""
         while not is_done():
-            while self.take(0.0 if self.learner.is_due else 0.05):
-                pass
-            self.learner.step(time.time())
+            if not self.take(0.0 if self.learner.is_due else 0.05):
+                self.learner.step(time.time())
 
     def _quiet(self) -> None:
         """No request runs, and what they sent is taken."""
@@ -169,15 +190,16 @@ class Part:
     def play(self, num_requests: int, until_s: float) -> None:
         self._begin("flushed")
         self._traffic.start()
-        for turn in itertools.cycle(TURNS[self._setting]):
+        for turn in itertools.cycle(TURNS[1:] + TURNS[:1]):
             wanted = len(self.rows) + TURN_REQUESTS
             self._serve(lambda wanted=wanted: len(self.rows) >= wanted or time.monotonic() > until_s)
             print(self._turn, len(self.rows), self.learner.trainer.num_steps, flush=True)
             if len(self.rows) >= num_requests or time.monotonic() > until_s:
                 break
             self._begin(turn)
-        self._quiet()
         answers = self._traffic.stop()
+        while self.take(0.5):
+            pass
         failed = [answer.error for answer in answers if answer.error]
         assert not failed, failed[:3]
         self.counters["answers"] += len(answers)
@@ -187,55 +209,59 @@ class Part:
 
 
 def summary(rows: list[dict]) -> list[dict]:
-    """By setting, class, and whether all keys and values attended to were the version's own."""
+    """By class, and whether all keys and values attended to were the version's own."""
     groups = defaultdict(list)
     for row in rows:
-        groups[row["setting"], row["fidelity"], row["is_kv_own"]].append(row)
+        groups[row["fidelity"], row["is_kv_own"]].append(row)
     table = []
-    for (setting, fidelity, is_own), found in sorted(groups.items()):
+    for (fidelity, is_own), found in sorted(groups.items()):
         differences = [row["live"] - row["shadow"] for row in found]
-        num_setting = sum(row["setting"] == setting for row in rows)
         table.append(
             {
-                "setting": setting,
                 "fidelity": fidelity,
                 "is_kv_own": is_own,
                 "requests": len(found),
-                "share_of_setting": round(len(found) / num_setting, 3),
+                "share": round(len(found) / len(rows), 3),
+                "verify_steps": sum(row["steps"] for row in found),
                 "equal": sum(row["is_equal"] for row in found),
                 "live": round(statistics.mean(row["live"] for row in found), 3),
                 "shadow": round(statistics.mean(row["shadow"] for row in found), 3),
                 "live_minus_shadow": round(statistics.mean(differences), 4),
                 "standard_deviation": round(statistics.pstdev(differences), 4),
-                "verify_steps": sum(row["steps"] for row in found),
             }
         )
     return table
 
 
+def run(out: Path, server: LiveServer, num_requests: int, until_s: float) -> list[dict]:
+    """Add a part to the report; all its rows. One that is cut short counts too."""
+    before = json.loads(out.read_text()) if out.exists() else {"parts": [], "rows": []}
+    learned = out.with_suffix(".draft")
+    is_fresh = not learned.exists()
+    _, weights = read_draft(server.paths.version(1) if is_fresh else learned)
+    part = Part(server, weights, is_fresh, seed=len(before["parts"]) + 1)
+    try:
+        part.play(num_requests, until_s)
+    finally:
+        write_draft(learned, part.draft_config, part.learner.trainer.weights())
+        rows = before["rows"] + part.rows
+        parts = [*before["parts"], {**provenance(), **part.counters}]
+        report = {"parts": parts, "summary": summary(rows), "rows": rows}
+        out.write_text(json.dumps(report, indent=1) + "\n")
+        print(json.dumps(report["summary"], indent=1), flush=True)
+    return rows
+
+
 def main() -> int:
+    began_s = time.monotonic()
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
-    parser.add_argument("--setting", choices=FLAGS, default="cached")
-    parser.add_argument("--requests", type=int, default=300)
-    parser.add_argument("--seconds", type=float, default=400)
+    parser.add_argument("--requests", type=int, default=500)
+    parser.add_argument("--seconds", type=float, default=500, help="of this part, the server's start included")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    before = json.loads(options.out.read_text()) if options.out.exists() else {"parts": [], "rows": []}
-    learned = options.out.with_suffix(".draft")
-    is_fresh = not learned.exists()
-    with serving(free_port(), flags=FLAGS[options.setting]) as server:
-        _, weights = read_draft(server.paths.version(1) if is_fresh else learned)
-        part = Part(server, options.setting, weights, is_fresh, seed=len(before["parts"]) + 1)
-        try:
-            part.play(options.requests, time.monotonic() + options.seconds)
-        finally:  # a part that is cut short counts too
-            write_draft(learned, part.draft_config, part.learner.trainer.weights())
-            rows = before["rows"] + part.rows
-            parts = [*before["parts"], {**provenance(), "setting": options.setting, **part.counters}]
-            report = {"parts": parts, "summary": summary(rows), "rows": rows}
-            options.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report["summary"], indent=1))
+    with serving(free_port()) as server:
+        rows = run(options.out, server, options.requests, began_s + options.seconds)
     unequal = [row for row in rows if row["fidelity"] == "complete" and not row["is_equal"]]
     print(f"complete requests whose walk is not what the server counted: {len(unequal)} {unequal[:3]}")
     return 1 if unequal else 0

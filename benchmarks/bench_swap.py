@@ -9,7 +9,7 @@ are moved together along the recording, round its end, to random places, and the
 the longest gap are taken there; told is the share of places where they are at least as long. The machine is shared, so
 read ratios within a run.
 
-Run: python benchmarks/bench_swap.py OUT.json --streams 1, then --streams 16; each a boot whose rows join OUT.json.
+Run: python benchmarks/bench_swap.py OUT.json --streams 1 16; the rows of another run join OUT.json.
 """
 
 import argparse
@@ -184,28 +184,27 @@ def places(gaps: np.ndarray, windows: list[Window], span: Window) -> tuple[float
     return round(float(share_longest), 4), round(float(share_mean), 4), int((here > 0).sum())
 
 
-def run_load(num_streams: int, num_swaps: int, switchback_s: float) -> list[dict]:
+def run_load(server: LiveServer, second: int, num_streams: int, num_swaps: int, switchback_s: float) -> list[dict]:
+    """A row for swaps and one for a switchback; the version in service at the end is another or the same."""
     context = multiprocessing.get_context("spawn")
     stopping, out = context.Event(), context.Queue()
-    with serving(free_port()) as server:
-        _, weights = read_draft(server.paths.version(1))
-        second = server.swap({n: t + 1e-3 * t.std() if t.is_floating_point() else t for n, t in weights.items()})
-        blocks = Blocks(server.paths.samples_endpoint)
-        clients = context.Process(target=stream_answers, args=(server.base_url, num_streams, stopping, out))
-        clients.start()
-        control = ControlClient(server.paths.control_endpoint)
-        until(lambda: control.request(GetStatus()).counters["running_requests"] == num_streams, 120)
-        time.sleep(SETTLE_S)
-        began_s = time.monotonic()
-        windows, durations_s = swaps(server, second, num_swaps)
-        time.sleep(1.0)
-        swap_span = began_s, time.monotonic()
-        time.sleep(1.0)
-        switchback_span = switchback(server, second if num_swaps % 2 else 1, switchback_s)
-        stopping.set()
-        answers = out.get(timeout=120)
-        clients.join()
-        blocks.close()
+    blocks = Blocks(server.paths.samples_endpoint)
+    clients = context.Process(target=stream_answers, args=(server.base_url, num_streams, stopping, out))
+    clients.start()
+    control = ControlClient(server.paths.control_endpoint)
+    until(lambda: control.request(GetStatus()).counters["running_requests"] == num_streams, 120)
+    time.sleep(SETTLE_S)
+    began_s = time.monotonic()
+    windows, durations_s = swaps(server, second, num_swaps)
+    time.sleep(1.0)
+    swap_span = began_s, time.monotonic()
+    time.sleep(1.0)
+    in_service = control.request(GetStatus()).version
+    switchback_span = switchback(server, 1 if in_service == second else second, switchback_s)
+    stopping.set()
+    answers = out.get(timeout=120)
+    clients.join()
+    blocks.close()
     swap_gaps, switchback_gaps = gaps_of(answers, swap_span), gaps_of(answers, switchback_span)
     step_s = float(np.median(switchback_gaps[:, 1] - switchback_gaps[:, 0]))
     changes = [(end_s, end_s + step_s) for end_s in blocks.ends_s if end_s + step_s < switchback_span[1]]
@@ -214,6 +213,17 @@ def run_load(num_streams: int, num_swaps: int, switchback_s: float) -> list[dict
         {**row, "what": "swap", **compare(swap_gaps, windows, swap_span), "duration_ms": milliseconds(durations_s)},
         {**row, "what": "switchback", **compare(switchback_gaps, changes, switchback_span)},
     ]
+
+
+def run(out: Path, server: LiveServer, loads: list[int], num_swaps: int, switchback_s: float) -> None:
+    """Add rows of each load to the report."""
+    _, weights = read_draft(server.paths.version(1))
+    second = server.swap({n: t + 1e-3 * t.std() if t.is_floating_point() else t for n, t in weights.items()})
+    for num_streams in loads:
+        rows = json.loads(out.read_text())["rows"] if out.exists() else []
+        found = run_load(server, second, num_streams, num_swaps, switchback_s)
+        out.write_text(json.dumps({"block_steps": BLOCK_STEPS, "rows": rows + found}, indent=1) + "\n")
+        print(json.dumps(found, indent=1), flush=True)
 
 
 def milliseconds(durations_s: list[float]) -> dict[str, float]:
@@ -226,15 +236,13 @@ def milliseconds(durations_s: list[float]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
-    parser.add_argument("--streams", type=int, default=1)
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--swaps", type=int, default=40)
     parser.add_argument("--switchback-seconds", type=float, default=60)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
-    rows += run_load(options.streams, options.swaps, options.switchback_seconds)
-    options.out.write_text(json.dumps({"block_steps": BLOCK_STEPS, "rows": rows}, indent=1) + "\n")
-    print(json.dumps(rows[-2:], indent=1))
+    with serving(free_port()) as server:
+        run(options.out, server, options.streams, options.swaps, options.switchback_seconds)
 
 
 if __name__ == "__main__":
