@@ -128,6 +128,9 @@ class Part:
         if sample.missing_prompt_frac == 1.0 or not len(live):
             self.counters["not walked"] += 1
             return
+        if live.version[-1] not in self._drafts:
+            self.counters["of the server's own start"] += 1
+            return
         walked = walk(self._drafts[live.version[-1]], sample, self._embed_VD, NUM_DRAFT_STEPS)
         end = sample.num_tokens - 1
         truncated = [min(correct, end - start) for correct, start in zip(live.num_correct, live.start, strict=True)]
