@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import openai
@@ -24,7 +24,8 @@ from onlinespec.wire.sockets import ControlClient
 from onlinespec.world import WORLD
 from onlinespec.world.corpus import live
 
-READY_S = 300
+READY_S = 480
+Ask = Callable[[openai.AsyncOpenAI, str, Prompt, Sampling], Awaitable[Answer]]
 
 
 @dataclass
@@ -95,14 +96,21 @@ def prefixed_prompts(domain: str, seed: int, num_prefixes: int, num_turns: int) 
 class Traffic:
     """Users in a process of their own until `stop`, so that a trainer in ours has its interpreter to itself.
 
-    make_prompts: picklable, gives the prompts; answers come in the order they ended.
+    make_prompts, ask: picklable; the one gives the prompts, the other sends one. Answers come in the order they ended.
     """
 
-    def __init__(self, base_url: str, make_prompts: Callable[[], Iterator[Prompt]], num_users: int, sampling: Sampling):
+    def __init__(
+        self,
+        base_url: str,
+        make_prompts: Callable[[], Iterator[Prompt]],
+        num_users: int,
+        sampling: Sampling,
+        ask: Ask = ask,
+    ):
         context = multiprocessing.get_context("spawn")
         self._stopping, self._going, self._answers = context.Event(), context.Event(), context.Queue()
         self._going.set()
-        arguments = (base_url, make_prompts, num_users, sampling, self._stopping, self._going, self._answers)
+        arguments = (base_url, make_prompts, num_users, sampling, ask, self._stopping, self._going, self._answers)
         self._process = context.Process(target=_users, args=arguments, daemon=True)
 
     def start(self) -> None:
@@ -121,11 +129,11 @@ class Traffic:
         return answers
 
 
-def _users(base_url, make_prompts, num_users, sampling, stopping, going, out) -> None:
-    out.put(asyncio.run(_drive(base_url, make_prompts(), num_users, sampling, stopping, going)))
+def _users(base_url, make_prompts, num_users, sampling, ask, stopping, going, out) -> None:
+    out.put(asyncio.run(_drive(base_url, make_prompts(), num_users, sampling, ask, stopping, going)))
 
 
-async def _drive(base_url, prompts, num_users, sampling, stopping, going) -> list[Answer]:
+async def _drive(base_url, prompts, num_users, sampling, ask, stopping, going) -> list[Answer]:
     answers: list[Answer] = []
     async with openai.AsyncOpenAI(base_url=f"{base_url}/v1", api_key="none", timeout=600) as client:
 
