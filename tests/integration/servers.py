@@ -178,7 +178,7 @@ class Load:
         assert not failed, failed[:3]
 
 
-def wait_for(condition, what: str, limit_s: float = 240) -> None:
+def wait_for(condition, what: str, limit_s: float = 480) -> None:
     deadline_s = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline_s, f"waited {limit_s:.0f} s for {what}"
