@@ -142,7 +142,8 @@ class Promoter:
             num_layers = read_target(self._launch.model).num_layers
             weights = read_offer(offer, self.service.draft_config, num_layers)
         except CheckpointError as error:
-            self._refuse(offer.digest, offer.name, f"not sound: {error}")
+            reason = str(error).replace(f"{offer.folder}/", "")  # a folder that is gone by the time anyone reads it
+            self._refuse(offer.digest, offer.name, f"not sound: {reason}")
             return
         self.freeze(weights, Provenance(optimizer_steps=0, answer_tokens=0, seed=0, tenants=(), source=offer.name))
 
