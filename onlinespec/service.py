@@ -187,9 +187,11 @@ class Service:
                 return f"version {state.pinned} is pinned"
             if state.incumbent != harm.version:
                 return f"version {state.incumbent} is in service"
-            if state.previous is None:
+            is_barred = state.digests.get(harm.parent_version) in state.barred
+            to = state.previous if is_barred else harm.parent_version  # what it was compared with
+            if to is None:
                 return "there is no version to return to"
-            event = rollback_from(state, None, "guard", time.time(), harm.reason)
+            event = rollback_from(state, to, "guard", time.time(), harm.reason)
             try:
                 manifest = self._store.verify(event.to_version)
             except VersionError as error:

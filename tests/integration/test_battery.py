@@ -33,11 +33,11 @@ SHORT_TRIALS = {"block_steps": 8, "min_pairs": 4, "harm_tolerance_tokens": 0.3, 
 
 @pytest.fixture
 def candidates(served, learned, on_first_version, tmp_path: Path) -> Path:
-    """A folder for each. The good one learned from captured requests, against an untrained draft in service."""
+    """A folder for each. The good one went on from the learned draft, against an untrained one in service."""
     config, untrained = read_draft(served.paths.version(1))
     _, weights = read_draft(served.paths.version(2))
     trainer = Trainer(load_config([served.paths.resolved_config]).trainer, config, weights, read_embedding(WORLD))
-    for start in range(0, 40, 4):
+    for start in range(0, 12, 4):
         assert trainer.step(learned[start : start + 4]).is_applied
     write_draft(tmp_path / "good", config, trainer.weights())
     generator = torch.Generator().manual_seed(7)
