@@ -159,7 +159,7 @@ class Promoter:
     def _refuse(self, digest: str, source: str, reason: str) -> None:
         """Write down a candidate that gets no race, and so spends nothing of the error budget."""
         verdict = {"decision": "drop", "stage": "sound", "reason": reason}
-        self.service.append(Judged(time_s=time.time(), candidate_digest=digest, verdict=verdict, source=source))
+        self.service.journal.append(Judged(time_s=time.time(), candidate_digest=digest, verdict=verdict, source=source))
         self.last_refusal = f"{source or digest[:12]}: {reason}"
         print(f"onlinespec sidecar: candidate {self.last_refusal}", flush=True)
 
@@ -189,7 +189,9 @@ class Promoter:
         if reason := unsound_reason(weights, shapes, maps):
             self._refuse(digest, source, f"not sound: {reason}")
             return
-        self.service.append(RaceStarted(time_s=time.time(), candidate_digest=digest, alpha=alpha, source=source))
+        self.service.journal.append(
+            RaceStarted(time_s=time.time(), candidate_digest=digest, alpha=alpha, source=source)
+        )
         self._candidate = Candidate(digest, weights, Draft(self.service.draft_config, weights), provenance)
         self.race = Race(
             digest,
@@ -212,7 +214,7 @@ class Promoter:
             return None
         found = matches_each(list(drafts.values()), sample, self._embed_VD, self._num_draft_steps)
         matches = dict(zip(drafts, found, strict=True))
-        if is_held_out:
+        if is_held_out and self.depth.is_on:
             incumbent = self._walked(matches["incumbent"], sample)
             self.depth.accepted(incumbent.tokens, incumbent.steps)
         if self.watch is not None:
@@ -285,7 +287,7 @@ class Promoter:
         self.last_verdict = verdict
         evidence = msgspec.to_builtins(verdict)
         source = candidate.provenance.source
-        self.service.append(
+        self.service.journal.append(
             Judged(time_s=time.time(), candidate_digest=candidate.digest, verdict=evidence, source=source)
         )
         if verdict.decision != "promote" or self.service.is_forbidden(candidate):
@@ -310,7 +312,7 @@ class Promoter:
         )
         ack = trial.start()
         if not ack.is_ok:
-            self.service.append(SwapFailed(time_s=time.time(), version=version, reason=ack.message))
+            self.service.journal.append(SwapFailed(time_s=time.time(), version=version, reason=ack.message))
             return
         self.trial, self._candidate, self._published = trial, candidate, manifest
 
@@ -330,7 +332,7 @@ class Promoter:
         trial.stop()
         evidence = msgspec.to_builtins(verdict)
         event = CanaryEnded(time_s=time.time(), version=trial.version, decision=verdict.outcome, evidence=evidence)
-        self.service.append(event)
+        self.service.journal.append(event)
         if verdict.is_passed:
             self._promote(candidate, manifest)
 

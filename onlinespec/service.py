@@ -21,7 +21,6 @@ from onlinespec.gate.verdict import barred_reason
 from onlinespec.launch import Launch
 from onlinespec.paths import RunPaths
 from onlinespec.versions.journal import (
-    AnyEvent,
     GuardTripped,
     Journal,
     Promoted,
@@ -99,10 +98,6 @@ class Service:
         self.draft_config, weights = read_draft(self._paths.version(self.version))
         self.draft = Draft(self.draft_config, weights)
         return True
-
-    def append(self, event: AnyEvent) -> None:
-        """Write an event down that changes no version in service."""
-        self.journal.append(event)
 
     @property
     def target_digest(self) -> str:

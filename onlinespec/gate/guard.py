@@ -120,8 +120,8 @@ def watched_steps(
 
     They are the tail served by `version` alone, from the returned index on, the mixed first step left out. Excluded:
     no such tail, another version within it, a step of it at another depth (at depth 0 live is 1.0 and means nothing),
-    or rows missing, without which a walk is not exact. is_complete: see `Sample`. has_stale_prefix: its prompt was
-    computed, or cached, before `version` came into service.
+    or rows missing. is_complete: it has the rows that the walk needs. has_stale_prefix: its prompt may have been
+    computed, or cached, before `version` came into service, or its walk lacks rows of the prompt.
 
     Shapes: one entry per verify step, as in `VerifySteps`.
     """
