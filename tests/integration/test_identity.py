@@ -54,7 +54,7 @@ def test_a_hundred_greedy_answers_are_the_same_while_drafts_are_swapped_under_lo
             mismatches.append(logit_gap(model, tokenizer, prompt, expected[:shared]))
     print(f"{len(answers)} answers, {num_swaps} swaps, {len(mismatches)} mismatches with logit gaps {mismatches}")
     assert num_swaps >= 5
-    assert sum(answer.num_correct_drafts for answer in answers) > 500
+    assert sum(answer.num_correct_drafts for answer in answers) > len(answers), "drafts are accepted, whichever is in"
     assert all(gap < MAX_GAP for gap in mismatches), mismatches
 
 
