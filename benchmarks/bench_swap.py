@@ -1,13 +1,13 @@
 """What a swap and a switchback do to the gaps between a stream's tokens: at them against away from them.
 
-Long answers stream to `openai` clients in a process of their own. Two versions are swapped to and fro at uneven times;
-then a switchback between them runs with short blocks. A gap is the time between two chunks of a stream (a chunk is
-what a verify step committed); it is at a swap where it meets the time from the order to its ack, and at a change of the
-switchback where it meets the first decode step after the end of a pair's first block, whose successor is always the
-other draft's. In decode steps: over the median gap of that load. How unusual the gaps at the swaps are: all their times
-are moved together along the recording, round its end, to random places, and the longest gap and the mean over swaps of
-the longest gap are taken there; told is the share of places where they are at least as long. The machine is shared, so
-read ratios within a run.
+Answers stream to `openai` clients in a process of their own, each user asking again at once. Two versions are swapped
+to and fro at uneven times; then a switchback between them runs with short blocks. A gap is the time between two
+chunks of a stream (a chunk is what a verify step committed); it is at a swap where it meets the time from the order
+to its ack, and at a change of the switchback where it meets the first decode step after the end of a pair's first
+block, whose successor is always the other draft's. In decode steps: over the median gap of that load. How unusual the
+gaps at the swaps are: all their times are moved together along the recording, round its end, to random places, and
+the longest gap and the mean over swaps of the longest gap are taken there; told is the share of places where they are
+at least as long. The machine is shared, so read ratios within a run.
 
 Run: python benchmarks/bench_swap.py OUT.json --streams 1 16; the rows of another run join OUT.json.
 """
@@ -36,7 +36,7 @@ from onlinespec.wire.sockets import ControlClient, SampleReceiver
 from onlinespec.world import WORLD
 from onlinespec.world.corpus import prompts
 
-MAX_TOKENS = 1200
+MAX_TOKENS = 256
 BLOCK_STEPS = 8
 SETTLE_S = 5.0
 NUM_PLACES = 5000
@@ -66,7 +66,6 @@ async def _stream(base_url: str, num_streams: int, stopping) -> list[list[float]
                     temperature=0.0,
                     max_tokens=MAX_TOKENS,
                     stream=True,
-                    extra_body={"ignore_eos": True},
                 )
                 async for chunk in stream:
                     if chunk.choices and chunk.choices[0].delta.content:

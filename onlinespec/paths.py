@@ -76,6 +76,11 @@ class RunPaths:
         return self.root / "trainer.pt"
 
     @property
+    def exported_target(self) -> Path:
+        """The target's embedding table on its way from the server to the sidecar."""
+        return self.root / "target"
+
+    @property
     def record_request(self) -> Path:
         """There while `onlinespec record` wants rows on disk; the sidecar looks once a second."""
         return self.root / "record.json"

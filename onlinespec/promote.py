@@ -18,7 +18,7 @@ from onlinespec.draft.checkpoint import unsound_reason
 from onlinespec.draft.config import read_target
 from onlinespec.draft.header import MAP_NAMES, digest_of_bytes
 from onlinespec.draft.model import Draft
-from onlinespec.draft.sample import Sample, VerifySteps
+from onlinespec.draft.sample import Sample
 from onlinespec.draft.walk import accept_walk, matches_each
 from onlinespec.errors import CheckpointError
 from onlinespec.gate.budget import candidate_alpha, may_start
@@ -34,20 +34,9 @@ from onlinespec.service import Candidate, Service
 from onlinespec.trial import Trial, switchback_order
 from onlinespec.versions.journal import CanaryEnded, Judged, RaceStarted, SwapFailed
 from onlinespec.versions.manifest import Manifest, Provenance
-from onlinespec.watch import Watch
+from onlinespec.watch import Watch, walked
 from onlinespec.wire.messages import BlockEnded, Hello, StopSwitchback
 from onlinespec.wire.sockets import ControlClient
-
-
-def walked(steps: VerifySteps, end: int, num_steps: int) -> Walked:
-    """What an accept walk up to position `end`, the last committed token's, comes to.
-
-    A draft position past the end was never checked and counts as not reached.
-    """
-    starts = list(zip(steps.start, steps.num_correct, strict=True))
-    reached = [sum(correct >= k and start + k < end for start, correct in starts) for k in range(num_steps)]
-    matched = [sum(correct > k for _, correct in starts) for k in range(num_steps)]
-    return Walked(sum(steps.num_committed), len(steps), tuple(reached), tuple(matched))
 
 
 class Promoter:
@@ -354,6 +343,16 @@ class Promoter:
         print(f"onlinespec sidecar: version {harm.version} {outcome}; {harm.reason}", flush=True)
         self.watch = None
         self.sync()
+
+    def restore(self) -> None:
+        """Others wrote into the draft in service; what the guard saw since was not of it."""
+        self.sync()
+        reason = "others wrote into the draft's weights"
+        if self.trial is not None:
+            self._end_trial(self.trial.canary.withdraw(reason, now_s=time.time()))
+        self.service.restore(reason)
+        self._start_watch(self.service.parent())
+        self.depth.swapped()
 
     def change_target(self, num_updates: int) -> None:
         """The server's target has other weights: what was shown was shown of another target."""

@@ -109,10 +109,10 @@ def _resumed(journal: Journal, incumbent: Incumbent, draft: str) -> tuple[str, .
         to_version=version,
         by="serve",
         barred_digest=None,
-        reason=incumbent.damage,
+        reason=incumbent.reason,
     )
     journal.append(event)
-    return (f"resuming draft version {version} instead of {was}, which cannot be read: {incumbent.damage}",)
+    return (f"resuming draft version {version} instead of {was}, which cannot be served: {incumbent.reason}",)
 
 
 def _note_target(journal: Journal, digest: str) -> None:

@@ -21,24 +21,22 @@ import torch
 
 from onlinespec.config import Config
 from onlinespec.draft.config import read_target
-from onlinespec.draft.fresh import read_embedding
 from onlinespec.draft.header import aux_layers
 from onlinespec.draft.sample import Sample
-from onlinespec.errors import WireError
 from onlinespec.gate.holdout import first_user_span, group_of, is_holdout
 from onlinespec.gate.verdict import Verdict
+from onlinespec.intake import Intake
 from onlinespec.launch import read_launch
 from onlinespec.paths import RunPaths
 from onlinespec.promote import Promoter
 from onlinespec.record.live import LiveRecording
 from onlinespec.record.manifest import RowFacts
 from onlinespec.resolve import load_config
-from onlinespec.trainer.assemble import Assembler
+from onlinespec.target import ServedTarget
 from onlinespec.trainer.cluster import pooled
 from onlinespec.trainer.drift import Drift
 from onlinespec.trainer.learner import Learner
 from onlinespec.trainer.pace import Pace
-from onlinespec.trainer.prefix import PrefixRows
 from onlinespec.versions.durable import sync_path
 from onlinespec.versions.manifest import Provenance
 from onlinespec.wire.messages import (
@@ -48,11 +46,10 @@ from onlinespec.wire.messages import (
     Hello,
     RequestEnded,
     RequestStarted,
-    Rows,
     SampleMessage,
     SetCapture,
 )
-from onlinespec.wire.sockets import ControlClient, SampleReceiver
+from onlinespec.wire.sockets import ControlClient
 
 _NICE = 10
 _KEY_BYTES = 32
@@ -89,7 +86,8 @@ class Sidecar:
         self._trained_answers: OrderedDict[int, None] = OrderedDict()
         self.counters: Counter[str] = Counter()
         self._tenants: set[str] = set()
-        embed_VD = read_embedding(launch.model).float()
+        self._target = ServedTarget(launch.model, self._paths.exported_target, self._control)
+        embed_VD = self._target.embed_VD
         self.promoter = Promoter(
             self._paths,
             self._config,
@@ -112,9 +110,7 @@ class Sidecar:
         self._recording = LiveRecording(
             self._paths.record_request, launch.serve_pid, facts, self._config.record.shard_bytes
         )
-        buffer = self._config.buffer
-        self._assembler = Assembler(PrefixRows(buffer.prefix_cache_bytes), buffer.ttl_s, buffer.open_bytes)
-        self._receiver = SampleReceiver(self._paths.samples_endpoint)
+        self._intake = Intake(self._paths.samples_endpoint, self._config.buffer)
         self._frozen_at_step = 0
         self._last_loss = float("nan")
         self._server_counters: dict[str, int] = {}
@@ -122,8 +118,12 @@ class Sidecar:
         self._drift = Drift(self._config.drift)
         self._capture_frac: float | None = None
         self._noted_verdict: Verdict | None = None
+        self._num_draft_updates = 0
+        """by others, that were undone"""
         self._is_stopped = False
         self._resume()
+        if self._target.num_updates > self.service.num_target_updates():
+            self._forget_target()
 
     def run(self) -> None:
         """Until SIGTERM or SIGINT; then the trainer's state is saved."""
@@ -140,7 +140,7 @@ class Sidecar:
             now_s = time.monotonic()
             if now_s - reported_s >= _STATUS_S:
                 reported_s = now_s
-                self._assembler.expire(time.time())
+                self._intake.assembler.expire(time.time())
                 self.learner.buffer.expire(time.time())
                 self._keep_watch(time.time())
                 self._recording.poll(time.time())
@@ -159,35 +159,22 @@ class Sidecar:
         """Take what waits, for a slice of time; wait for the first message only."""
         until_s = time.monotonic() + _RECEIVE_SLICE_S
         while not self._is_stopped and time.monotonic() < until_s:
-            message = self._next_message(timeout_s)
+            message = self._intake.next_message(timeout_s)
             if message is None:
                 return
             self._handle(message)
             timeout_s = 0.0
 
-    def _next_message(self, timeout_s: float) -> SampleMessage | None:
-        """The next one, its rows already filed; a damaged one is counted and dropped. None where none came."""
-        while True:
-            try:
-                received = self._receiver.receive(timeout_s)
-                if received is None:
-                    return None
-                message, frames = received
-                if isinstance(message, Rows):
-                    self._assembler.rows(message, frames)
-                return message
-            except WireError as error:
-                self.counters["damaged_messages"] += 1
-                print(f"onlinespec sidecar: dropped a message: {error}", file=sys.stderr, flush=True)
-
     def _handle(self, message: SampleMessage) -> None:
         match message:
             case RequestStarted():
-                self._assembler.start(message)
+                self._heed_target(message.target_updates)
+                self._intake.assembler.start(message)
             case RequestEnded():
+                self._heed_target(message.target_updates)
                 self.counters["verify_steps"] += message.num_verify_steps
                 self.counters["correct_drafts"] += message.num_correct_drafts
-                sample = self._assembler.end(message)
+                sample = self._intake.assembler.end(message)
                 if sample is not None:
                     self._file(sample)
             case BlockEnded():
@@ -199,17 +186,28 @@ class Sidecar:
         """The server's own word: what it serves, what its steps cost, whether its target is what it was."""
         self._server_counters = message.counters
         self.promoter.depth.costs(message.counters, time.monotonic())
-        num_updates = message.counters.get("target_updates", 0)
-        if num_updates and num_updates > self.service.num_target_updates():
-            self._forget_target(num_updates)
+        self._heed_target(message.counters.get("target_updates", 0))
+        if self._target.missing:
+            self._target.follow(self._target.num_updates)
+        num_draft_updates = message.counters.get("draft_updates", 0)
+        if num_draft_updates > self._num_draft_updates:
+            self._num_draft_updates = num_draft_updates
+            self.promoter.restore()
         if message.version != self.service.version:
             self.service.reconcile()
 
-    def _forget_target(self, num_updates: int) -> None:
+    def _heed_target(self, num_updates: int) -> None:
+        """The first message after an update of the target's weights tells of it, before any row of the new ones."""
+        if num_updates > self._target.num_updates:
+            self._target.follow(num_updates)
+            self._forget_target()
+
+    def _forget_target(self) -> None:
         """Rows of the old target, and what was shown on them, say nothing of the new one."""
         print("onlinespec sidecar: the target's weights changed; rows and evidence are dropped", flush=True)
-        self.promoter.change_target(num_updates)
-        self._assembler.clear()
+        self.promoter.change_target(self._target.num_updates)
+        self._recording.end_for_good("the target's weights changed: its files are not what the rows are of any more")
+        self._intake.assembler.clear()
         self.learner.buffer.clear()
         self._trained_answers.clear()
         self._drift = Drift(self._config.drift)
@@ -225,8 +223,12 @@ class Sidecar:
     def _file(self, sample: Sample) -> None:
         """To the gate or to the trainer, for good: the side is the conversation's, not the request's.
 
-        Both sides are watched for drift; only what is trained on shapes the clusters.
+        Both sides are watched for drift; only what is trained on shapes the clusters. Without the target's embedding
+        table nothing can be said of a draft, and the gate waits.
         """
+        if self._target.missing:
+            self.counters["samples_without_embedding"] += 1
+            return
         prompt = sample.tokens_T[: sample.num_prompt_tokens].tolist()
         first_turn = prompt[: first_user_span(prompt, self._generation_prompt)]
         sample = replace(sample, group=group_of(self._key, sample.tenant, first_turn))
@@ -347,6 +349,7 @@ class Sidecar:
         status = {
             "time_s": time.time(),
             **self.promoter.status(),
+            "embedding_missing": self._target.missing or None,
             "accept_length": (steps + self.counters["correct_drafts"]) / steps if steps else None,
             "trainer_step": self.trainer.num_steps,
             "training_tokens": self.learner.num_tokens,
@@ -359,10 +362,11 @@ class Sidecar:
             "clusters": self.learner.buffer.cluster_sizes(),
             "drift": self._drift.counters,
             "last_drift": self._drift.last and str(self._drift.last),
-            "row_shares": self._assembler.row_shares(),
+            "row_shares": self._intake.assembler.row_shares(),
             "recording": self._recording.progress and msgspec.to_builtins(self._recording.progress),
+            "damaged_messages": self._intake.num_damaged,
             **self.counters,
-            **{f"assembler_{name}": count for name, count in self._assembler.counters.items()},
+            **{f"assembler_{name}": count for name, count in self._intake.assembler.counters.items()},
             **{f"server_{name}": count for name, count in self._server_counters.items()},
         }
         temporary = self._paths.sidecar_status.with_suffix(".tmp")

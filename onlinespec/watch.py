@@ -7,10 +7,21 @@ import torch
 
 from onlinespec.config import GuardConfig
 from onlinespec.draft.model import Draft
-from onlinespec.draft.sample import Sample
+from onlinespec.draft.sample import Sample, VerifySteps
 from onlinespec.draft.walk import accept_walk
 from onlinespec.gate.guard import Guard, GuardVerdict, WatchedRequest, watched_steps
 from onlinespec.gate.verdict import Walked
+
+
+def walked(steps: VerifySteps, end: int, num_steps: int) -> Walked:
+    """What an accept walk up to position `end`, the last committed token's, comes to.
+
+    A draft position past the end was never checked and counts as not reached.
+    """
+    starts = list(zip(steps.start, steps.num_correct, strict=True))
+    reached = [sum(correct >= k and start + k < end for start, correct in starts) for k in range(num_steps)]
+    matched = [sum(correct > k for _, correct in starts) for k in range(num_steps)]
+    return Walked(sum(steps.num_committed), len(steps), tuple(reached), tuple(matched))
 
 
 class Watch:
@@ -65,5 +76,5 @@ class Watch:
     def _walked(self, matches_RK: torch.Tensor, sample: Sample, start: int) -> Walked:
         """From the verify step at position `start` on."""
         rows_rK = matches_RK[start - sample.num_prompt_tokens :]
-        steps = accept_walk(rows_rK, start, sample.num_tokens - 1, self._num_draft_steps)
-        return Walked(sum(steps.num_committed), len(steps))
+        end = sample.num_tokens - 1
+        return walked(accept_walk(rows_rK, start, end, self._num_draft_steps), end, self._num_draft_steps)

@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+
 from onlinespec.draft.checkpoint import write_draft
 from onlinespec.launch import Launch, write_launch
 from onlinespec.paths import RunPaths
@@ -13,6 +16,7 @@ from onlinespec.wire.messages import (
     Ack,
     ControlReply,
     ControlRequest,
+    ExportEmbedding,
     GetHello,
     GetStatus,
     Hello,
@@ -39,6 +43,9 @@ class FakeServer:
         self.refusal = ""
         self.switchback = 0
         self.counters: dict[str, int] = {}
+        self.target_updates = 0
+        self.embedding: list[torch.Tensor] = []
+        """each rank's rows of the target's table"""
         ControlServer(paths.control_endpoint, self._answer)
 
     def _answer(self, request: ControlRequest) -> ControlReply:
@@ -46,7 +53,11 @@ class FakeServer:
             return Hello("0", [], 29, 16, 3, 3, True, True, "", self.version, [], depth=3, depths=[3])
         if isinstance(request, GetStatus):
             told = (self.version, len(self.swaps), True, "closed", "", self.counters)
-            return Status(*told, switchback=self.switchback, depth=3)
+            return Status(*told, switchback=self.switchback, depth=3, target_updates=self.target_updates)
+        if isinstance(request, ExportEmbedding):
+            for rank, rows in enumerate(self.embedding):
+                save_file({"embed_tokens.weight": rows}, f"{request.directory}/{rank:010d}.safetensors")
+            return Ack(not self.refusal, self.refusal, self.version)
         if isinstance(request, StopSwitchback | StartSwitchback | SetDepth):
             self.orders.append(request)
             return Ack(not self.refusal, self.refusal, self.version)

@@ -35,12 +35,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trial": {"config", "wire", "gate"},
     "watch": {"config", "draft", "gate"},
     "depth": {"errors", "config", "wire", "gate", "versions"},
+    "target": {"draft", "wire"},
+    "intake": {"errors", "config", "wire", "trainer"},
     "service": {"errors", "config", "paths", "wire", "launch", "draft", "gate", "versions"},
     "offers": {"errors", "paths", "launch", "draft", "versions"},
     "promote": {"errors", "config", "paths", "wire", "launch", "draft", "gate", "versions"}
     | {"offers", "service", "trial", "watch", "depth"},
     "sidecar": {"errors", "config", "resolve", "paths", "wire", "launch", "draft", "trainer", "gate", "versions"}
-    | {"promote", "record"},
+    | {"promote", "record", "target", "intake"},
     "provision": {"errors", "config", "paths", "draft", "versions"},
     "operate": {"errors", "paths", "wire", "launch", "versions"},
     "history": {"paths", "launch", "versions"},

@@ -16,7 +16,7 @@ from onlinespec.gate.guard import GuardVerdict
 from onlinespec.gate.verdict import Walked
 from onlinespec.launch import Launch
 from onlinespec.paths import RunPaths
-from onlinespec.promote import Promoter, walked
+from onlinespec.promote import Promoter
 from onlinespec.versions.journal import (
     AnyEvent,
     CanaryEnded,
@@ -29,6 +29,7 @@ from onlinespec.versions.journal import (
     Unpinned,
 )
 from onlinespec.versions.state import state_of
+from onlinespec.watch import walked
 from onlinespec.wire.messages import BlockEnded, GetHello, Hello, StartSwitchback, StopSwitchback
 from onlinespec.wire.sockets import ControlClient
 from tests.draft.tiny import build_draft, build_sample

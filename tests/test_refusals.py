@@ -268,7 +268,7 @@ def test_a_start_on_an_ancestor_of_a_damaged_draft_is_said_and_written_down(ask)
 
     assert again.launch.version == 1
     (notice,) = (notice for notice in again.notices if "resuming" in notice)
-    assert notice.startswith(f"resuming draft version 1 instead of 2, which cannot be read: {first.paths.version(2)}")
+    assert notice.startswith(f"resuming draft version 1 instead of 2, which cannot be served: {first.paths.version(2)}")
     event = journal.read()[-1]
     assert isinstance(event, RolledBack)
     assert (event.from_version, event.to_version, event.by, event.barred_digest) == (2, 1, "serve", None)

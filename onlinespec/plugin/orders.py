@@ -14,7 +14,7 @@ import msgspec
 
 from onlinespec.errors import SwapError
 from onlinespec.plugin.swap import ApplyVersion, StageVersion
-from onlinespec.wire.messages import SetDepth, StartSwitchback, StopSwitchback
+from onlinespec.wire.messages import ExportEmbedding, SetDepth, StartSwitchback, StopSwitchback
 
 _TIMEOUT_S = 60.0
 logger = logging.getLogger(__name__)
@@ -26,7 +26,20 @@ class StageSwitchback(msgspec.Struct, frozen=True):
     candidate: StageVersion
 
 
-Order = StageVersion | ApplyVersion | StageSwitchback | StartSwitchback | StopSwitchback | SetDepth
+class FinishExport(msgspec.Struct, frozen=True):
+    """To every rank: wait until what `ExportEmbedding` asked for is written."""
+
+
+Order = (
+    StageVersion
+    | ApplyVersion
+    | StageSwitchback
+    | StartSwitchback
+    | StopSwitchback
+    | SetDepth
+    | ExportEmbedding
+    | FinishExport
+)
 
 
 class Delivery(msgspec.Struct):

@@ -42,6 +42,8 @@ class RequestBook:
     def __init__(self, is_greedy: bool):
         self.sample_frac = 1.0
         """share of requests captured, of those first seen from now on; may be set from another thread"""
+        self.num_target_updates = 0
+        """updates of the target's weights that were begun"""
         self.num_sampled_out = 0
         """requests that could have been captured and were left out for `sample_frac`"""
         self._is_greedy = is_greedy
@@ -74,6 +76,7 @@ class RequestBook:
             top_k=int(params.top_k),
             top_p=float(params.top_p),
             time_s=time.time(),
+            target_updates=self.num_target_updates,
         )
 
     def ended(self) -> list[RequestEnded]:
@@ -84,8 +87,23 @@ class RequestBook:
             if req is not None and not req.finished():
                 continue
             del self._running[number]
-            messages.append(RequestEnded(number, "abort", 0, 0, 0, time.time()) if req is None else _ended(req, number))
+            messages.append(self._ended(req, number))
         return messages
+
+    def _ended(self, req: Any | None, number: int) -> RequestEnded:
+        """req: None where SGLang dropped it."""
+        if req is None:
+            return RequestEnded(number, "abort", 0, 0, 0, time.time(), self.num_target_updates)
+        reason = req.finished_reason
+        return RequestEnded(
+            request=number,
+            reason=str(reason.to_json().get("type", "")) if reason is not None else "",
+            num_verify_steps=int(req.spec_verify_ct),
+            num_correct_drafts=int(req.spec_num_correct_drafts),
+            num_output_tokens=len(req.output_ids) if req.finished_len is None else int(req.finished_len),
+            time_s=time.time(),
+            target_updates=self.num_target_updates,
+        )
 
 
 def is_sampled(number: int, sample_frac: float) -> bool:
@@ -199,15 +217,3 @@ def _label(req: Any, name: str, default: Any = "") -> Any:
     params = req.sampling_params.custom_params
     ours = params.get("onlinespec") if isinstance(params, dict) else None
     return ours.get(name, default) if isinstance(ours, dict) else default
-
-
-def _ended(req: Any, number: int) -> RequestEnded:
-    reason = req.finished_reason
-    return RequestEnded(
-        request=number,
-        reason=str(reason.to_json().get("type", "")) if reason is not None else "",
-        num_verify_steps=int(req.spec_verify_ct),
-        num_correct_drafts=int(req.spec_num_correct_drafts),
-        num_output_tokens=len(req.output_ids) if req.finished_len is None else int(req.finished_len),
-        time_s=time.time(),
-    )

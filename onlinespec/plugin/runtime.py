@@ -23,9 +23,10 @@ from onlinespec.errors import SwapError
 from onlinespec.launch import Launch, read_launch
 from onlinespec.paths import RunPaths
 from onlinespec.plugin.depth import Depth
+from onlinespec.plugin.embedding import EmbeddingExport
 from onlinespec.plugin.fuse import Fuse
 from onlinespec.plugin.meter import Meter, Step, StepCommit, Turn
-from onlinespec.plugin.orders import Delivery, Order, Orders, StageSwitchback
+from onlinespec.plugin.orders import Delivery, FinishExport, Order, Orders, StageSwitchback
 from onlinespec.plugin.requests import RequestBook
 from onlinespec.plugin.sites import Site
 from onlinespec.plugin.swap import ApplyVersion, StageVersion, Swapper
@@ -36,6 +37,7 @@ from onlinespec.wire.messages import (
     Ack,
     ControlReply,
     ControlRequest,
+    ExportEmbedding,
     GetHello,
     GetStatus,
     Hello,
@@ -65,6 +67,7 @@ class Runtime:
         self._meter: Meter | None = None
         self._switchback: Switchback | None = None
         self._depth: Depth | None = None
+        self._export = EmbeddingExport()
         self._orders = Orders()
 
     def after_init_request_dispatcher(self, _result: Any, scheduler: Any) -> None:
@@ -139,6 +142,8 @@ class Runtime:
         if self._sender is not None:
             role = "draft" if updater.get_model_runner().is_draft_worker else "target"
             self._sender.counters[f"{role}_updates"] += 1
+            if self._tap is not None:
+                self._tap.book.num_target_updates = self._sender.counters["target_updates"]
 
     def before_sampler(self, _sampler: Any, logits_output: Any, *_args: Any, **_kwargs: Any) -> None:
         if self._tap is not None:
@@ -190,6 +195,20 @@ class Runtime:
             case SetDepth(num_steps):
                 assert self._depth is not None
                 self._depth.set(num_steps)
+            case ExportEmbedding():
+                self._export.begin(order, swapper.model.model.embed_tokens)
+            case FinishExport():
+                self._finish_export()
+
+    def _finish_export(self) -> None:
+        """Raises: SwapError, on every rank, where one has not written its part."""
+        refusal: SwapError | None = None
+        try:
+            self._export.wait()
+        except SwapError as error:
+            refusal = error
+        if not _agree(refusal is None):
+            raise refusal or SwapError("another rank could not write its part of the embedding table; see its log")
 
     @property
     def _running(self) -> StartSwitchback | None:
@@ -224,6 +243,8 @@ class Runtime:
                 return self._acknowledge(self._orders.send, request)
             case SetDepth():
                 return self._acknowledge(self._set_depth, request)
+            case ExportEmbedding():
+                return self._acknowledge(self._export_embedding, request)
 
     def _acknowledge(self, carry_out: Callable[[Any], Any], request: ControlRequest) -> Ack:
         assert self._swapper is not None
@@ -272,6 +293,12 @@ class Runtime:
         if self._running is not None:
             self._orders.send(StopSwitchback())
         self._orders.send(request)
+
+    def _export_embedding(self, request: ExportEmbedding) -> None:
+        """Raises: SwapError."""
+        self._orders.send(request)
+        self._export.wait()
+        self._orders.send(FinishExport())
 
     def _hello(self) -> Hello:
         worker, config, depth = self._scheduler.draft_worker, self._scheduler.model_config, self._depth

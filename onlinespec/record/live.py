@@ -77,6 +77,7 @@ class LiveRecording:
         self._shard_bytes = shard_bytes
         self._request: Request | None = None
         self._recorder: Recorder | None = None
+        self._refusal = ""
 
     def poll(self, now_s: float) -> None:
         """Start, go on or stop, as the request file says."""
@@ -100,8 +101,17 @@ class LiveRecording:
         elif self._recorder is not None:
             self._tell("running")
 
+    def end_for_good(self, reason: str) -> None:
+        """No row from now on is of the target that the manifest names."""
+        self._refusal = reason
+        if self._request is not None:
+            self._end("stopped", reason)
+
     def _begin(self, request: Request, now_s: float) -> None:
         self._request = request
+        if self._refusal:
+            self._end("failed", self._refusal)
+            return
         try:
             self._recorder = Recorder(
                 Path(request.directory),

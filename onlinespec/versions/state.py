@@ -49,6 +49,9 @@ class JournalState(msgspec.Struct, frozen=True, kw_only=True):
     """version the training went on from, of every version that has one"""
     target_digest: str | None = None
     """of the target the server changed to last; None where it never changed: it is the one it started with"""
+    updated_from: int | None = None
+    """version in service when the server's target was first updated: a restart, on the target's files, returns to it
+    where later ones were learned on the update; None where no update holds"""
     num_steps: int | None = None
     """draft steps set since the server started; None where it drafts as it was started"""
 
@@ -61,9 +64,9 @@ class JournalState(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def protected(self) -> frozenset[int]:
-        """Versions that are never deleted: the incumbent, its parent, what a rollback returns to, the pin."""
+        """Versions never deleted: the incumbent, its parent, what a rollback or restart returns to, the pin."""
         parent = None if self.incumbent is None else self.parents.get(self.incumbent)
-        named = (self.incumbent, parent, self.previous, self.pinned)
+        named = (self.incumbent, parent, self.previous, self.updated_from, self.pinned)
         return frozenset(version for version in named if version is not None)
 
     @property
@@ -93,6 +96,7 @@ class _Fold:
     pinned: int | None = None
     is_paused: bool = False
     target_digest: str | None = None
+    updated_from: int | None = None
     num_steps: int | None = None
 
     def take(self, event: AnyEvent) -> None:
@@ -119,7 +123,7 @@ class _Fold:
             case DepthChanged():
                 self.num_steps = event.num_steps
             case TargetChanged():
-                self._change_target(event.to_digest)
+                self._change_target(event)
             case Pinned():
                 self.pinned = event.version
             case Unpinned():
@@ -156,10 +160,14 @@ class _Fold:
         if event.by == "operator":
             self.barred.discard(self.digests.get(event.to_version, ""))
 
-    def _change_target(self, digest: str) -> None:
+    def _change_target(self, event: TargetChanged) -> None:
         """The version in service stays, to be measured anew; what came before it was for another target."""
-        self.target_digest = digest
+        self.target_digest = event.to_digest
         self.served = self.served[-1:]
+        if not event.num_updates:
+            self.updated_from = None
+        elif self.updated_from is None and self.served:
+            self.updated_from = self.served[-1]
         self.num_promotions = self.num_candidates = 0
         self.racing = None
 
@@ -182,6 +190,7 @@ def state_of(events: Iterable[AnyEvent]) -> JournalState:
         digests=fold.digests,
         parents=fold.parents,
         target_digest=fold.target_digest,
+        updated_from=fold.updated_from,
         num_steps=fold.num_steps,
     )
 

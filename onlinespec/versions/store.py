@@ -43,9 +43,9 @@ class Incumbent:
 
     manifest: Manifest
     instead_of: int | None = None
-    """the version the journal names, where it is damaged; None where it is this one"""
-    damage: str = ""
-    """what was found of it"""
+    """the version the journal names, where it cannot be served; None where it is this one"""
+    reason: str = ""
+    """why it cannot"""
 
 
 class VersionStore:
@@ -167,9 +167,10 @@ class VersionStore:
         """The version a restarted server loads, its weights verified; None where the journal names none.
 
         A version of another target is one all the same where the server changed to this target while it served.
-        One that is damaged gives way to its newest undamaged ancestor of this target, but not where it is pinned.
+        One that is damaged, or was learned on an update of the target that a restart undoes, gives way to its newest
+        undamaged ancestor of this target, but not where it is pinned.
 
-        Raises: VersionError where it was trained for another target, and where no undamaged version is left.
+        Raises: VersionError where no undamaged version of this target is left.
         """
         state = state_of(Journal(self._paths).read())
         incumbent = state.incumbent
@@ -178,29 +179,28 @@ class VersionStore:
         try:
             manifest = self.verify(incumbent)
         except VersionError as error:
-            return self._ancestor(state, target_digest, str(error))
-        if target_digest not in (manifest.target_digest, state.target_digest):
-            raise VersionError(
-                f"{self._paths.root}: version {incumbent} was trained for target {manifest.target_digest}, "
-                f"the server has target {target_digest}; start with a new run directory"
-            )
-        return Incumbent(manifest)
+            return self._ancestor(state, target_digest, str(error), "restore it")
+        if target_digest in (manifest.target_digest, state.target_digest):
+            return Incumbent(manifest)
+        other = f"version {incumbent} was trained for target {manifest.target_digest}, the server has {target_digest}"
+        return self._ancestor(state, target_digest, other, "start with that target's files")
 
-    def _ancestor(self, state: JournalState, target_digest: str, damage: str) -> Incumbent:
+    def _ancestor(self, state: JournalState, target_digest: str, reason: str, remedy: str) -> Incumbent:
         """The newest undamaged one of this target."""
         if state.pinned == state.incumbent:
             raise VersionError(
-                f"version {state.pinned} is pinned and cannot be served: {damage}; restore it, or run"
-                " `onlinespec unpin`, and start again"
+                f"version {state.pinned} is pinned and cannot be served: {reason}; {remedy}, or run"
+                " `onlinespec unpin` and start again"
             )
         for number in state.ancestors:
             with suppress(VersionError):
                 manifest = self.verify(number)
                 if manifest.target_digest == target_digest:
-                    return Incumbent(manifest, state.incumbent, damage)
+                    return Incumbent(manifest, state.incumbent, reason)
         raise VersionError(
-            f"{damage}, and no version it was trained from is left undamaged for this target; restore it, name another"
-            " with `onlinespec promote N` and start again, or start with a new run directory"
+            f"{self._paths.root}: {reason}, and no version it was trained from is left undamaged for this target;"
+            f" {remedy}, name another version with `onlinespec promote N` and start again, or start with a new run"
+            " directory"
         )
 
     def _same(self, directory: Path, target_digest: str, provenance: Provenance) -> Manifest | None:

@@ -58,6 +58,8 @@ class RequestStarted(msgspec.Struct, tag=True, frozen=True):
     top_p: float
     time_s: float
     """wall clock of the server"""
+    target_updates: int = 0
+    """see `Status.target_updates`: as it was then"""
 
 
 class Segment(msgspec.Struct, array_like=True, frozen=True):
@@ -103,6 +105,8 @@ class RequestEnded(msgspec.Struct, tag=True, frozen=True):
     num_correct_drafts: int
     num_output_tokens: int
     time_s: float
+    target_updates: int = 0
+    """see `Status.target_updates`: as it was then"""
 
 
 class BlockEnded(msgspec.Struct, tag=True, frozen=True):
@@ -205,7 +209,20 @@ class SetDepth(msgspec.Struct, tag=True, frozen=True):
     num_steps: Annotated[int, msgspec.Meta(ge=0, le=64)]
 
 
-ControlRequest = GetHello | GetStatus | Swap | SetCapture | StartSwitchback | StopSwitchback | SetDepth
+class ExportEmbedding(msgspec.Struct, tag=True, frozen=True):
+    """Write the target's embedding table as it is now, which the draft reads too.
+
+    Every rank writes its rows of the vocabulary, [V, D] in all, into one safetensors file of the directory, named so
+    that the files sort in the order of their rows; the tensor is `embed_tokens.weight`.
+    """
+
+    directory: str
+    """exists, and is empty"""
+
+
+ControlRequest = (
+    GetHello | GetStatus | Swap | SetCapture | StartSwitchback | StopSwitchback | SetDepth | ExportEmbedding
+)
 
 
 class Status(msgspec.Struct, tag=True, frozen=True):

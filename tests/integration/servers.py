@@ -1,6 +1,7 @@
 """Real servers for the integration tests: started as a user would, one at a time."""
 
 import asyncio
+import base64
 import contextlib
 import json
 import os
@@ -12,11 +13,14 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import msgspec
+import torch
+import torch.multiprocessing
 
 from onlinespec.bench.accept import drive
 from onlinespec.bench.client import Answer, Prompt, Sampling
@@ -190,6 +194,31 @@ def flush(server: Server) -> None:
     request = urllib.request.Request(f"{server.base_url}/flush_cache", method="POST")
     with urllib.request.urlopen(request, timeout=30) as answer:
         assert answer.status == 200
+
+
+def post(server: Server, path: str, **body) -> None:
+    data = json.dumps(body).encode()
+    request = urllib.request.Request(server.base_url + path, data, {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        assert answer.status == 200
+
+
+def update_weights(server: Server, selector: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """SGLang's own weight update session, as an RL trainer uses it. selector: "target", "draft" or "all"."""
+    strategy = torch.multiprocessing.get_sharing_strategy()
+    torch.multiprocessing.set_sharing_strategy("file_system")  # the other would want the server to be our child
+    try:
+        named = bytes(ForkingPickler.dumps(list(tensors.items())))
+        post(server, "/begin_weight_update", selector=selector)
+        post(
+            server,
+            "/update_weights_from_tensor",
+            serialized_named_tensors=[base64.b64encode(named).decode()],
+            selector=selector,
+        )
+        post(server, "/end_weight_update")
+    finally:
+        torch.multiprocessing.set_sharing_strategy(strategy)
 
 
 def free_port() -> int:

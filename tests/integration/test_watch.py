@@ -7,14 +7,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from onlinespec.bench.client import Answer
 from onlinespec.draft.checkpoint import read_draft
+from onlinespec.draft.fresh import read_embedding
+from onlinespec.errors import VersionError
 from onlinespec.operate import promote, roll_back
 from onlinespec.resolve import load_config
-from onlinespec.versions.journal import AnyEvent, DepthChanged, GuardTripped, Journal, RolledBack
+from onlinespec.versions.journal import (
+    AnyEvent,
+    DepthChanged,
+    GuardTripped,
+    Journal,
+    Restored,
+    RolledBack,
+    TargetChanged,
+)
 from onlinespec.versions.state import state_of
 from onlinespec.wire.messages import GetStatus, SetDepth, Status
+from onlinespec.world import WORLD
 from tests.integration.conftest import publish
 from tests.integration.drafted import NUM_DRAFT_STEPS
 from tests.integration.learned import train_drafts
@@ -26,6 +38,7 @@ from tests.integration.servers import (
     sidecar,
     sidecar_status,
     start_ours,
+    update_weights,
     wait_for,
     world_prompts,
 )
@@ -206,3 +219,43 @@ def test_a_slow_draft_is_not_used_until_it_is_quick_again_and_capture_goes_on(wa
     assert "speculation pays" in up.reason
     assert {a.prompt.messages[0]["content"]: a.text for a in answers} == before
     assert watched.status.fuse == "closed"
+
+
+def test_what_others_write_into_the_draft_is_undone_and_not_blamed_on_it(watched, on_child):
+    """As an update of all weights does, target and draft, that an RL trainer sends without a selector."""
+    _, weights = read_draft(watched.server.paths.version(watched.child))
+    num_trips = len(watched.events(GuardTripped))
+
+    with sidecar(watched.server, trainer=NO_TRAINER, floor={"enabled": False}):
+        wait_for(lambda: sidecar_status(watched.server).get("guard"), "the guard")
+        update_weights(watched.server, "draft", {"lm_head.weight": torch.zeros_like(weights["lm_head.weight"])})
+        wait_for(lambda: watched.events(Restored), "the draft's own weights")
+        answers = send(watched.server, world_prompts(8, seed=67, domains=("code",)), max_tokens=32)
+
+    (event,) = watched.events(Restored)
+    print(f"{accept_length(answers):.2f} after: {event}")
+    assert event.version == watched.child == watched.status.version
+    assert accept_length(answers) > 2.0
+    assert len(watched.events(GuardTripped)) == num_trips
+
+
+def test_an_update_of_the_target_voids_what_was_learned_and_a_version_from_before_is_no_way_back(watched, on_child):
+    embed_VD = read_embedding(WORLD).float()
+
+    with sidecar(watched.server, trainer=NO_TRAINER, floor={"enabled": False}):
+        wait_for(lambda: sidecar_status(watched.server).get("guard"), "the guard")
+        update_weights(watched.server, "target", {"model.embed_tokens.weight": embed_VD * 1.01})
+        wait_for(lambda: watched.events(TargetChanged), "the change in the journal")
+        wait_for(lambda: "guard" in (status := sidecar_status(watched.server)) and status["guard"] is None, "no guard")
+        send(watched.server, world_prompts(8, seed=68, domains=("code",)), max_tokens=16)
+        wait_for(lambda: watched.num_samples() >= 8, "samples")
+        missing = sidecar_status(watched.server)["embedding_missing"]
+        with pytest.raises(VersionError, match="was trained for target"):
+            roll_back(watched.server.paths.root, to=watched.parent)
+
+    (changed,) = watched.events(TargetChanged)
+    state = state_of(Journal(watched.server.paths).read())
+    assert missing is None
+    assert changed.num_updates == 1
+    assert state.target_digest == changed.to_digest != changed.from_digest
+    assert (state.incumbent, state.updated_from) == (watched.child, watched.child)

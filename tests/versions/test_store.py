@@ -15,7 +15,7 @@ from onlinespec.errors import VersionError
 from onlinespec.paths import RunPaths
 from onlinespec.versions.journal import Journal, Pinned, Promoted, Published, RolledBack, ServerStarted, TargetChanged
 from onlinespec.versions.manifest import Provenance
-from onlinespec.versions.state import JournalState
+from onlinespec.versions.state import JournalState, state_of
 from onlinespec.versions.store import Incumbent, VersionStore
 
 PROVENANCE = Provenance(optimizer_steps=30, answer_tokens=4000, seed=0, tenants=("a", "b"))
@@ -24,6 +24,7 @@ CHILD = """
 import sys, time
 from onlinespec.paths import RunPaths
 from onlinespec.versions.manifest import Provenance
+from onlinespec.versions.state import state_of
 from onlinespec.versions.store import VersionStore
 
 def publish(store, write_files):
@@ -315,6 +316,28 @@ def test_an_incumbent_that_served_when_the_target_changed_is_one_of_the_new_targ
         store.incumbent_for("other")
 
 
+def test_what_was_learned_on_an_update_that_a_restart_undoes_gives_way_to_what_was_in_service_then(paths):
+    paths.create()
+    store, journal = VersionStore(paths), Journal(paths)
+    journal.append(ServerStarted(time_s=1.0, version=1))
+    for version, target in enumerate(("files", "files", "files+1", "files+2"), start=1):
+        parent = version - 1 or None
+        digest = publish(store, f"weights {version}".encode(), parent=parent, target_digest=target).digest
+        if target != "files":
+            journal.append(TargetChanged(time_s=2.0, from_digest="files", to_digest=target, num_updates=version))
+        journal.append(Published(time_s=3.0, version=version, digest=digest, parent=parent))
+        journal.append(Promoted(time_s=3.0, version=version, from_version=parent, by="gate"))
+
+    incumbent = store.incumbent_for("files")
+
+    assert (incumbent.manifest.version, incumbent.instead_of) == (2, 4)
+    assert "version 4 was trained for target files+2" in incumbent.reason
+    assert 2 in state_of(journal.read()).protected
+    assert store.incumbent_for("files+2").manifest.version == 4
+    journal.append(TargetChanged(time_s=9.0, from_digest="files+2", to_digest="files"))
+    assert state_of(journal.read()).updated_from is None
+
+
 @pytest.fixture
 def lineage(paths):
     """A store whose version 3 was trained from 2, 2 from 1; 3 is in service."""
@@ -347,7 +370,7 @@ def test_a_damaged_incumbent_gives_way_to_its_newest_undamaged_ancestor(paths, l
     incumbent = lineage.incumbent_for("target")
 
     assert (incumbent.manifest.version, incumbent.instead_of) == (2, 3)
-    assert found in incumbent.damage
+    assert found in incumbent.reason
 
     damage(paths, 2)
     assert lineage.incumbent_for("target").manifest.version == 1
