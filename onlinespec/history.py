@@ -21,7 +21,6 @@ from onlinespec.versions.journal import (
     Promoted,
     Published,
     RaceStarted,
-    Restored,
     Resumed,
     RolledBack,
     ServerStarted,
@@ -85,8 +84,6 @@ def _told(event: AnyEvent) -> tuple[str, str]:
         case TargetChanged():
             digests = f"{event.from_digest[:_SHOWN]} to {event.to_digest[:_SHOWN]}"
             return "target changed", f"{digests}; what was shown before counts no more"
-        case Restored():
-            return "restored", f"version {event.version}{_because(event.reason)}"
     return _order(event)
 
 

@@ -344,16 +344,6 @@ class Promoter:
         self.watch = None
         self.sync()
 
-    def restore(self) -> None:
-        """Others wrote into the draft in service; what the guard saw since was not of it."""
-        self.sync()
-        reason = "others wrote into the draft's weights"
-        if self.trial is not None:
-            self._end_trial(self.trial.canary.withdraw(reason, now_s=time.time()))
-        self.service.restore(reason)
-        self._start_watch(self.service.parent())
-        self.depth.swapped()
-
     def change_target(self, num_updates: int) -> None:
         """The server's target has other weights: what was shown was shown of another target."""
         self.sync()

@@ -25,7 +25,6 @@ from onlinespec.versions.journal import (
     Journal,
     Promoted,
     Published,
-    Restored,
     ServerStarted,
     SwapFailed,
     TargetChanged,
@@ -203,19 +202,6 @@ class Service:
         if not ack.is_ok:
             self.journal.append(SwapFailed(time_s=time.time(), version=manifest.version, reason=ack.message))
         return ack.is_ok
-
-    def restore(self, reason: str) -> None:
-        """Others wrote into the draft in service: swap its own weights in again, and write that down."""
-        with self.journal.decision():
-            version = state_of(self.journal.read()).incumbent
-            assert version is not None
-            try:
-                manifest = self._store.verify(version)
-            except VersionError as error:
-                self.journal.append(SwapFailed(time_s=time.time(), version=version, reason=f"{reason}; {error}"))
-                return
-            if self._swap(manifest):
-                self.journal.append(Restored(time_s=time.time(), version=version, reason=reason))
 
     def change_target(self, num_updates: int) -> None:
         """Write down that the server's target has other weights, whose digest nobody computed."""

@@ -118,8 +118,6 @@ class Sidecar:
         self._drift = Drift(self._config.drift)
         self._capture_frac: float | None = None
         self._noted_verdict: Verdict | None = None
-        self._num_draft_updates = 0
-        """by others, that were undone"""
         self._is_stopped = False
         self._resume()
         if self._target.num_updates > self.service.num_target_updates():
@@ -189,10 +187,6 @@ class Sidecar:
         self._heed_target(message.counters.get("target_updates", 0))
         if self._target.missing:
             self._target.follow(self._target.num_updates)
-        num_draft_updates = message.counters.get("draft_updates", 0)
-        if num_draft_updates > self._num_draft_updates:
-            self._num_draft_updates = num_draft_updates
-            self.promoter.restore()
         if message.version != self.service.version:
             self.service.reconcile()
 

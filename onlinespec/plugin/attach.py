@@ -17,7 +17,7 @@ def attach(root: str) -> Runtime:
         "sampler": runtime.before_sampler,
         "receiver": runtime.after_pull_raw_reqs,
         "dispatcher": runtime.after_init_request_dispatcher,
-        **dict.fromkeys(("disk", "distributed", "tensor", "ipc"), runtime.before_update_weights),
+        **dict.fromkeys(("disk", "distributed", "tensor", "ipc"), runtime.around_update_weights),
     }
     for site in sites:
         if site.hook != "none":

@@ -6,6 +6,7 @@ that all ranks see it at the same one.
 """
 
 import functools
+import logging
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,9 @@ from onlinespec.wire.messages import (
     Swap,
 )
 from onlinespec.wire.sockets import ControlServer, SampleSender
+
+logger = logging.getLogger(__name__)
+LEFT_ALONE = "the draft's weights were left as they are, onlinespec keeps them; hand it a draft with `onlinespec offer`"
 
 
 class Runtime:
@@ -132,18 +136,24 @@ class Runtime:
         commit = StepCommit(self._meter, step, self.fuse.run)
         output.auxiliary_device_output = append_auxiliary_output(output.auxiliary_device_output, commit)
 
-    def before_update_weights(self, updater: Any, *_args: Any, **_kwargs: Any) -> None:
-        """Others write weights; the target's evidence is void then, and a draft written so is no version of ours."""
-        self.fuse.run(self._note_update, updater, is_vital=True)
+    def around_update_weights(self, original: Any, updater: Any, *args: Any, **kwargs: Any) -> Any:
+        """Others write weights: the target's evidence is void then. The draft's are ours and are left as they are:
+        SGLang would load a checkpoint of the target into it, and die of the first shape that differs."""
+        is_draft = self.fuse.run(self._note_update, updater, is_vital=True)
+        return (True, LEFT_ALONE) if is_draft else original(updater, *args, **kwargs)
 
-    def _note_update(self, updater: Any) -> None:
+    def _note_update(self, updater: Any) -> bool:
+        """Whether it is the draft's."""
         if self._meter is not None:
             self._meter.interrupt()
-        if self._sender is not None:
-            role = "draft" if updater.get_model_runner().is_draft_worker else "target"
-            self._sender.counters[f"{role}_updates"] += 1
+        is_draft = bool(updater.get_model_runner().is_draft_worker)
+        if is_draft:
+            logger.warning("onlinespec: %s", LEFT_ALONE)
+        elif self._sender is not None:
+            self._sender.counters["target_updates"] += 1
             if self._tap is not None:
                 self._tap.book.num_target_updates = self._sender.counters["target_updates"]
+        return is_draft
 
     def before_sampler(self, _sampler: Any, logits_output: Any, *_args: Any, **_kwargs: Any) -> None:
         if self._tap is not None:

@@ -141,13 +141,6 @@ class TargetChanged(Event, frozen=True, kw_only=True, tag="target_changed"):
     """since the server started; 0 where it started with other weights"""
 
 
-class Restored(Event, frozen=True, kw_only=True, tag="restored"):
-    """Others wrote into the draft in service; its own weights were swapped in again."""
-
-    version: int
-    reason: str = ""
-
-
 class Order(Event, frozen=True, kw_only=True):
     """What holds from now on, until it is taken back."""
 
@@ -188,7 +181,6 @@ AnyEvent = (
     | GuardTripped
     | DepthChanged
     | TargetChanged
-    | Restored
     | Pinned
     | Unpinned
     | Paused

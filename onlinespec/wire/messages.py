@@ -143,7 +143,7 @@ class Heartbeat(msgspec.Struct, tag=True, frozen=True):
 
     `decode_{steps,tokens,requests,us}_d<depth>_b<load>` are what comparable decode steps cost and brought, by draft
     depth and by batch size rounded up to a power of two, in microseconds; `decode_us / decode_steps` is the cost
-    of a step. `target_updates` and `draft_updates` are weight updates begun by others, target and draft.
+    of a step. `target_updates` are updates of the target's weights.
     """
 
     version: int

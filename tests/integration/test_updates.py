@@ -1,18 +1,21 @@
 """The target's weights change while the server serves: the shadow reads what the draft then reads."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from onlinespec.draft.checkpoint import read_draft
+from onlinespec.draft.fresh import read_embedding
 from onlinespec.draft.model import Draft
 from onlinespec.operate import roll_back
 from onlinespec.target import ServedTarget
 from onlinespec.wire.messages import ExportEmbedding, GetStatus
 from onlinespec.world import WORLD
 from tests.integration.drafted import count_walked
-from tests.integration.servers import flush, update_weights, world_prompts
+from tests.integration.servers import flush, post, update_weights, world_prompts
 
 PROMPTS = world_prompts(12, seed=47, domains=("code", "support"))
 EMBEDDING = "model.embed_tokens.weight"
@@ -24,6 +27,11 @@ def draft(served, learned) -> Draft:
     if served.control.request(GetStatus()).version != 2:
         roll_back(served.paths.root, to=2)
     return Draft(*read_draft(served.paths.version(2)))
+
+
+def other_table(table_VD: torch.Tensor) -> torch.Tensor:
+    noise_VD = torch.randn(table_VD.shape, generator=torch.Generator().manual_seed(1))
+    return table_VD + (0.3 * table_VD.float().std() * noise_VD).to(table_VD.dtype)
 
 
 def texts(answers) -> dict[str, str]:
@@ -38,8 +46,7 @@ def test_after_an_update_of_the_target_the_shadow_with_the_servers_own_table_equ
     count = served.control.request(GetStatus()).target_updates
     flush(served)
     before, _ = capture.send(PROMPTS, max_tokens=32)
-    noise_VD = torch.randn(first_VD.shape, generator=torch.Generator().manual_seed(1))
-    second_VD = first_VD + 0.3 * first_VD.std() * noise_VD
+    second_VD = other_table(first_VD)
 
     update_weights(served, "target", {EMBEDDING: second_VD})
     capture.ended.clear()
@@ -62,8 +69,38 @@ def test_after_an_update_of_the_target_the_shadow_with_the_servers_own_table_equ
     assert target.num_updates == status.target_updates == count + 2
     assert torch.equal(target.embed_VD, first_VD)
     assert texts(after) == texts(before)
-    assert "draft_updates" not in status.counters
     assert status.fuse == "closed"
+
+
+def test_a_checkpoint_of_the_target_from_disk_is_served_and_the_draft_left_as_it_is(served, capture, draft, tmp_path):
+    """Without us SGLang 0.5.23 loads it into the draft too, and ends."""
+    flush(served)
+    before, _ = capture.send(PROMPTS, max_tokens=32)
+    other = tmp_path / "other"
+    shutil.copytree(WORLD, other)
+    (file,) = other.glob("*.safetensors")
+    weights = load_file(file)
+    weights[EMBEDDING] = other_table(weights[EMBEDDING])
+    save_file(weights, file, metadata={"format": "pt"})
+
+    post(served, "/update_weights_from_disk", model_path=str(other))
+    changed, samples = capture.send(PROMPTS, max_tokens=32)
+    walked = count_walked(draft, samples, weights[EMBEDDING].float())
+    post(served, "/update_weights_from_disk", model_path=str(WORLD))
+    after, _ = capture.send(PROMPTS, max_tokens=32)
+
+    assert texts(changed) != texts(before) == texts(after)
+    assert walked > 10
+    assert "`onlinespec offer`" in served.paths.log.read_text()
+
+
+def test_weights_sent_to_the_draft_alone_do_not_reach_it(served, capture, draft):
+    _, weights = read_draft(served.paths.version(2))
+
+    update_weights(served, "draft", {"lm_head.weight": torch.zeros_like(weights["lm_head.weight"])})
+    _, samples = capture.send(PROMPTS, max_tokens=32)
+
+    assert count_walked(draft, samples, read_embedding(WORLD).float()) > 10
 
 
 def test_a_table_that_cannot_be_written_is_refused_by_its_path_and_serving_goes_on(served, capture, draft):

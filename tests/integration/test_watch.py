@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
-import torch
 
 from onlinespec.bench.client import Answer
 from onlinespec.draft.checkpoint import read_draft
@@ -20,7 +19,6 @@ from onlinespec.versions.journal import (
     DepthChanged,
     GuardTripped,
     Journal,
-    Restored,
     RolledBack,
     TargetChanged,
 )
@@ -219,24 +217,6 @@ def test_a_slow_draft_is_not_used_until_it_is_quick_again_and_capture_goes_on(wa
     assert "speculation pays" in up.reason
     assert {a.prompt.messages[0]["content"]: a.text for a in answers} == before
     assert watched.status.fuse == "closed"
-
-
-def test_what_others_write_into_the_draft_is_undone_and_not_blamed_on_it(watched, on_child):
-    """As an update of all weights does, target and draft, that an RL trainer sends without a selector."""
-    _, weights = read_draft(watched.server.paths.version(watched.child))
-    num_trips = len(watched.events(GuardTripped))
-
-    with sidecar(watched.server, trainer=NO_TRAINER, floor={"enabled": False}):
-        wait_for(lambda: sidecar_status(watched.server).get("guard"), "the guard")
-        update_weights(watched.server, "draft", {"lm_head.weight": torch.zeros_like(weights["lm_head.weight"])})
-        wait_for(lambda: watched.events(Restored), "the draft's own weights")
-        answers = send(watched.server, world_prompts(8, seed=67, domains=("code",)), max_tokens=32)
-
-    (event,) = watched.events(Restored)
-    print(f"{accept_length(answers):.2f} after: {event}")
-    assert event.version == watched.child == watched.status.version
-    assert accept_length(answers) > 2.0
-    assert len(watched.events(GuardTripped)) == num_trips
 
 
 def test_an_update_of_the_target_voids_what_was_learned_and_a_version_from_before_is_no_way_back(watched, on_child):
