@@ -37,6 +37,7 @@ class DepthKeeper:
         is_at_zero = starts_at_zero or hello.depth == 0  # a sidecar before this one left it there
         self._floor = Floor(config, hello.num_draft_steps, starts_at_zero=is_at_zero)
         self._costs: dict[tuple[int, int], tuple[int, int]] = {}
+        self._has_looked = False
 
     def costs(self, counters: Mapping[str, int], now_s: float) -> None:
         """Take a heartbeat's counters: decode steps and microseconds since the server's start, by depth and load."""
@@ -45,9 +46,11 @@ class DepthKeeper:
                 continue
             key = depth, load = int(found[1]), int(found[2])
             steps, wall_us = counters[name], counters.get(f"decode_us_d{depth}_b{load}", 0)
-            steps_before, us_before = self._costs.get(key, (steps, wall_us))
+            # What was counted before the first look may be of any age; a depth that appears later began after it.
+            steps_before, us_before = self._costs.get(key, (0, 0) if self._has_looked else (steps, wall_us))
             self._costs[key] = steps, wall_us
             self._floor.observe_cost(depth, load, steps - steps_before, (wall_us - us_before) * 1e-6, now_s=now_s)
+        self._has_looked = True
 
     def settle(self) -> int:
         """End a probe, and return the depth that requests are served at."""

@@ -81,3 +81,14 @@ def test_beside_a_server_at_depth_zero_a_restart_changes_nothing(paths, server):
     keeper.keep(3, 1.0)
 
     assert not server.orders
+
+
+def test_the_first_costs_of_a_depth_that_was_never_run_before_count_in_full(paths, server):
+    keeper = build_keeper(paths)
+
+    keeper.accepted(14, 10)
+    keeper.costs({"decode_steps_d3_b4": 500, "decode_us_d3_b4": 1}, now_s=10.0)
+    keeper.costs(counted(40, 400_000, 540, 1_000_001, load=4), now_s=11.0)
+    keeper.keep(3, 12.0)
+
+    assert [event.num_steps for event in Journal(paths).read() if isinstance(event, DepthChanged)] == [0], "no probe"

@@ -56,8 +56,10 @@ def crop(sample: Sample, max_tokens: int) -> Sample:
 
 
 def live_accept_length(verify: VerifySteps) -> float | None:
-    """Tokens made visible per verify step; None where there was no step."""
-    return sum(verify.num_committed) / len(verify) if len(verify) else None
+    """Tokens made visible per verify step that had drafted tokens; None where there was none."""
+    steps = zip(verify.num_committed, verify.num_drafted, strict=True)
+    committed = [num_committed for num_committed, num_drafted in steps if num_drafted]
+    return sum(committed) / len(committed) if committed else None
 
 
 class Buffer:

@@ -241,6 +241,13 @@ def test_a_request_that_the_draft_served_badly_is_a_failure_case_by_its_live_acc
     assert live_accept_length(VerifySteps()) is None
 
 
+def test_steps_at_depth_zero_say_nothing_of_the_draft():
+    verify = VerifySteps([3, 4, 7], [0, 3, 0], [0, 2, 0], [1, 3, 1], [1, 1, 1])
+
+    assert live_accept_length(verify) == 3.0
+    assert live_accept_length(VerifySteps([3], [0], [0], [1], [1])) is None
+
+
 @pytest.mark.parametrize(("frac", "expected"), [(0.5, 0.5), (0.25, 0.25), (1.0, 1.0), (0.0, 0.0)])
 def test_failure_cases_make_up_their_share_of_the_new_requests(frac: float, expected: float):
     config = BufferConfig(accept_threshold=2.0, failure_frac=frac, replay_frac=0.0)
