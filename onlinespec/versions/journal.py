@@ -195,6 +195,9 @@ class Journal:
 
     def __init__(self, paths: RunPaths):
         self._path = paths.journal
+        self._events: list[AnyEvent] = []
+        """that were read, from the file's first `_num_bytes`: whoever follows a long journal decodes each event once"""
+        self._num_bytes = 0
 
     @contextmanager
     def decision(self) -> Iterator[None]:
@@ -232,9 +235,16 @@ class Journal:
         """
         if not self._path.exists():
             return ()
-        # What follows the last newline is an append that a crash cut short, or one still under way.
-        lines = self._path.read_bytes().split(b"\n")[:-1]
-        return tuple(self._decode(line, number) for number, line in enumerate(lines, start=1))
+        with open(self._path, "rb") as file:
+            if file.seek(0, os.SEEK_END) < self._num_bytes:  # an operator put an older one in its place
+                self._events, self._num_bytes = [], 0
+            file.seek(self._num_bytes)
+            # What follows the last newline is an append that a crash cut short, or one still under way.
+            *lines, _torn = file.read().split(b"\n")
+        for line in lines:
+            self._events.append(self._decode(line, len(self._events) + 1))
+            self._num_bytes += len(line) + 1
+        return tuple(self._events)
 
     def _decode(self, line: bytes, number: int) -> AnyEvent:
         try:

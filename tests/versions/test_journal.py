@@ -120,6 +120,24 @@ def test_a_line_cut_short_by_a_crash_is_skipped_and_then_overwritten(paths, tail
     assert journal.read() == (started(1), started(2))
 
 
+def test_a_reader_that_follows_sees_what_others_append_and_starts_over_where_an_older_journal_was_put_back(paths):
+    writer, reader = Journal(paths), Journal(paths)
+    writer.append(started(1))
+    assert reader.read() == (started(1),)
+    before = paths.journal.read_bytes()
+
+    writer.append(started(2))
+    writer.append(started(3))
+    assert reader.read() == (started(1), started(2), started(3))
+
+    paths.journal.write_bytes(before)
+    assert reader.read() == (started(1),)
+    with open(paths.journal, "ab") as file:
+        file.write(b"{}\n")
+    with pytest.raises(VersionError, match="line 2"):
+        reader.read()
+
+
 def test_a_journal_that_is_one_torn_line_starts_again(paths):
     paths.journal.write_bytes(b"x" * 10_000)
 
