@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 READY := .venv/.ready
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-full check bench gpu venv clean
+.PHONY: demo test test-full check bench gpu gpu-kit venv clean
 
 demo: venv
 	$(PYTHON) -m onlinespec.cli demo
@@ -20,9 +20,14 @@ check: venv
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
-# On a GPU machine, in an environment with onlinespec[gpu,dev]: make gpu PYTHON=python. The same tests, on CUDA.
+# On a GPU machine, in an environment with onlinespec[gpu,dev]: make gpu PYTHON=python. One check alone: ONLY=rows.
 gpu:
-	$(PYTHON) -m pytest tests/integration
+	$(PYTHON) benchmarks/gpu/checks.py benchmarks/results/gpu $(if $(ONLY),--only $(ONLY)) $(if $(DRY),--dry-run)
+
+# What a GPU machine without a network needs beside torch 2.11.
+gpu-kit:
+	mkdir -p gpu-kit
+	benchmarks/gpu/make_kit.sh 0.5.23 gpu-kit/sglang-0.5.23.tar.xz
 
 venv: $(READY)
 

@@ -143,12 +143,24 @@ class TrainerConfig(Section, frozen=True):
     """requests for which a task cluster counts as new, up to 500; 0 for none"""
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
     """seed of fresh weights and of the sampling of batches"""
+    device: Annotated[str, msgspec.Meta(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    """where the draft is trained and candidates are walked: cpu, cuda or cuda:N, the server's GPU or another"""
+    max_memory_gb: NonNegativeFloat = 0.0
+    """most GPU memory of the sidecar, in 2**30 bytes; what wants more ends it, and it starts again; 0: no bound"""
+    attention: Literal["math", "flex"] = "math"
+    """of the unroll: math keeps masks and probabilities in memory; flex (cuda only) is compiled and keeps neither"""
     num_threads: Positive = 1
     """CPU threads of the trainer"""
     checkpoint_s: PositiveFloat = 30.0
     """seconds between checkpoints of the trainer's state"""
 
     def __post_init__(self) -> None:
+        if self.attention == "flex" and self.device == "cpu":
+            raise ValueError("attention is flex with device cpu, where it has no gradients; set attention to math")
+        if self.max_memory_gb and self.device == "cpu":
+            raise ValueError(
+                f"max_memory_gb is {self.max_memory_gb:g} with device cpu, which has no such bound; set it to 0"
+            )
         if self.loss == "hard" and self.accept_frac:
             raise ValueError(
                 f"accept_frac is {self.accept_frac} with loss hard, whose argmax it would take for the target's"

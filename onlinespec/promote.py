@@ -65,7 +65,7 @@ class Promoter:
         self.last_trial: CanaryVerdict | None = None
         self.last_harm: GuardVerdict | None = None
         control.acknowledged(StopSwitchback())  # of a sidecar before this one
-        self.service = Service(paths, config.versions, launch, control)
+        self.service = Service(paths, config.versions, launch, control, config.trainer.device)
         starts_at_zero = self.service.is_fresh
         self.depth = DepthKeeper(config.floor, hello, control, self.service.journal, starts_at_zero=starts_at_zero)
         self._config = config
@@ -181,7 +181,7 @@ class Promoter:
         self.service.journal.append(
             RaceStarted(time_s=time.time(), candidate_digest=digest, alpha=alpha, source=source)
         )
-        self._candidate = Candidate(digest, weights, Draft(self.service.draft_config, weights), provenance)
+        self._candidate = Candidate(digest, weights, self.service.shadow(weights), provenance)
         self.race = Race(
             digest,
             incumbent_digest,

@@ -13,6 +13,7 @@ from onlinespec.config import TrainerConfig
 from onlinespec.draft.checkpoint import write_draft
 from onlinespec.draft.config import DraftConfig, read_draft_config, read_target
 from onlinespec.draft.header import canonical_names, target_digest
+from onlinespec.draft.place import check_device
 from onlinespec.draft.start import is_fresh, read_start
 from onlinespec.draft.trainable import check_trainable
 from onlinespec.errors import StartError
@@ -123,4 +124,5 @@ def _note_target(journal: Journal, digest: str) -> None:
 
 
 def _check_trainable(config: DraftConfig, trainer: TrainerConfig) -> None:
+    check_device(trainer.device)
     check_trainable(canonical_names(config), trainer.kv_mode, trainer.lora_rank, trainer.lora_targets)

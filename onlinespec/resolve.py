@@ -214,6 +214,8 @@ def wanted(kind: msgspec.inspect.Type) -> str:
             return "true or false"
         case msgspec.inspect.LiteralType():
             return f"one of {', '.join(map(str, kind.values))}"
+        case msgspec.inspect.StrType():
+            return f"text that matches {kind.pattern}"
         case msgspec.inspect.VarTupleType():
             return "a list of names"
         case msgspec.inspect.StructType():

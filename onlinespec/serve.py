@@ -37,6 +37,8 @@ from onlinespec.wire.sockets import ControlClient, check_endpoint
 
 _POLL_S = 0.2
 _PR_SET_PDEATHSIG = 1
+_BELOW_THE_SERVER = {"CUDA_MPS_CLIENT_PRIORITY": "1"}
+"""on a GPU that both share under NVIDIA's multi-process service the sidecar gives way; otherwise it says nothing"""
 
 
 @dataclass(frozen=True)
@@ -250,7 +252,8 @@ class Supervisor:
             self._backoff_s = min(2 * self._backoff_s, self._config.restart_backoff_max_s)
         if now_s >= self._sidecar_due_s:
             self._sidecar = _spawn(
-                [sys.executable, "-m", "onlinespec.sidecar", str(self._plan.paths.root)], self._plan.environment
+                [sys.executable, "-m", "onlinespec.sidecar", str(self._plan.paths.root)],
+                {**self._plan.environment, **_BELOW_THE_SERVER},
             )
             self._sidecar_due_s = now_s
 

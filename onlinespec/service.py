@@ -50,7 +50,9 @@ class Candidate:
 class Service:
     """The one version in service, and its shadow. Several processes write the journal: `sync` follows it."""
 
-    def __init__(self, paths: RunPaths, config: VersionsConfig, launch: Launch, control: ControlClient):
+    def __init__(
+        self, paths: RunPaths, config: VersionsConfig, launch: Launch, control: ControlClient, device: str = "cpu"
+    ):
         self.journal = Journal(paths)
         self.state = JournalState()
         self.version = 0
@@ -60,6 +62,7 @@ class Service:
         self._paths = paths
         self._config = config
         self._launch = launch
+        self._device = device
         self._control = control
         self._store = VersionStore(paths)
         self._journal_bytes = -1
@@ -96,8 +99,12 @@ class Service:
             return False
         self.version = self.state.incumbent
         self.draft_config, weights = read_draft(self._paths.version(self.version))
-        self.draft = Draft(self.draft_config, weights)
+        self.draft = self.shadow(weights)
         return True
+
+    def shadow(self, weights: dict[str, torch.Tensor]) -> Draft:
+        """Of the served draft's shape, where drafts are walked."""
+        return Draft(self.draft_config, weights).to(self._device)
 
     @property
     def target_digest(self) -> str:
@@ -121,7 +128,7 @@ class Service:
         except VersionError as error:
             print(f"onlinespec sidecar: no guard against version {parent}: {error}", flush=True)
             return None
-        return parent, Draft(*read_draft(self._paths.version(parent)))
+        return parent, self.shadow(read_draft(self._paths.version(parent))[1])
 
     def is_forbidden(self, candidate: Candidate) -> bool:
         """Something else than a verdict stands against a promotion; it is written down."""

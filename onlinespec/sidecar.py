@@ -22,6 +22,7 @@ import torch
 from onlinespec.config import Config
 from onlinespec.draft.config import read_target
 from onlinespec.draft.header import aux_layers
+from onlinespec.draft.place import bound_memory
 from onlinespec.draft.sample import Sample
 from onlinespec.gate.holdout import first_user_span, group_of, is_holdout
 from onlinespec.gate.verdict import Verdict
@@ -374,6 +375,7 @@ def main() -> None:
     config = load_config([RunPaths(root).resolved_config])
     os.nice(_NICE)
     torch.set_num_threads(config.trainer.num_threads)
+    bound_memory(config.trainer.device, config.trainer.max_memory_gb)
     Sidecar(root).run()
 
 

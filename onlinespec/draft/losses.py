@@ -13,6 +13,7 @@ p is the draft's probability, t the teacher's; "named" are the teacher's k ids.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -42,16 +43,23 @@ class Chains:
 
     Rows come chain after chain, steps ascending. Shapes: chain_M ascending from 0, step_M the draft step,
     emitted_M the draft id of the token the target emitted where the row's drafted token would stand, W where
-    that is outside the draft's vocabulary or not known.
+    that is outside the draft's vocabulary or not known. host_M: chain_M on the CPU, where rows are cut into chunks.
     """
 
     chain_M: torch.Tensor
     step_M: torch.Tensor
     emitted_M: torch.Tensor
     num_steps: int
+    host_M: np.ndarray
+
+    @property
+    def num_chains(self) -> int:
+        return int(self.host_M[-1] - self.host_M[0]) + 1
 
     def part(self, rows: slice) -> "Chains":
-        return Chains(self.chain_M[rows], self.step_M[rows], self.emitted_M[rows], self.num_steps)
+        """Whole chains, numbered from 0 again."""
+        chain_M, host_M = self.chain_M[rows] - int(self.host_M[rows.start]), self.host_M[rows]
+        return Chains(chain_M, self.step_M[rows], self.emitted_M[rows], self.num_steps, host_M)
 
 
 @dataclass
@@ -107,14 +115,13 @@ def accept(
     sampling verifier: LK losses, arXiv 2602.23881.
     """
     accepted_M = (p_Mk * t_Mk).sum(-1)
-    num_chains = int(chains.chain_M[-1]) - int(chains.chain_M[0]) + 1
-    place = (chains.chain_M - chains.chain_M[0], chains.step_M)
-    dense = accepted_M.new_zeros(2, num_chains, chains.num_steps)
+    place = (chains.chain_M, chains.step_M)
+    dense = accepted_M.new_zeros(2, chains.num_chains, chains.num_steps)
     dense[0].index_put_(place, accepted_M)
     dense[1].index_put_(place, p_emitted_M)
     with torch.enable_grad():
         dense.requires_grad_()
-        reach = torch.cat([dense.new_ones(num_chains, 1), dense[1, :, :-1]], dim=1).cumprod(1)
+        reach = torch.cat([dense.new_ones(chains.num_chains, 1), dense[1, :, :-1]], dim=1).cumprod(1)
         expected = (reach * dense[0]).sum() / chains.num_steps
         (grad,) = torch.autograd.grad(expected, dense)
     loss_M = -(reach * dense[0]).detach()[place] / chains.num_steps
@@ -149,7 +156,6 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states_MD, head_WD, targets, weight_M, terms, chains):  # type: ignore[override]
         num_rows, num_words = len(states_MD), len(head_WD)
-        is_pruned = bool((targets.ids_Mk >= num_words).any())
         head = head_WD.to(states_MD.dtype)
         loss = states_MD.new_zeros((), dtype=torch.promote_types(states_MD.dtype, torch.float32))
         grad_states = torch.empty_like(states_MD)
@@ -160,7 +166,7 @@ class _HeadLoss(torch.autograd.Function):
             part_chains = None if chains is None else chains.part(rows)
             if part_chains is not None:
                 is_match_M[rows] = logits.argmax(-1) == part_chains.emitted_M
-            if is_pruned:
+            if targets.has_outside:
                 # One more column catches the ids outside the draft's vocabulary; its gradient is dropped.
                 logits = F.pad(logits, (0, 1), value=_OUTSIDE_LOGIT)
             part, grad = _chunk_gradient(logits, targets.part(rows), weight_M[rows], terms, part_chains)
@@ -187,7 +193,7 @@ def _chunks(num_rows: int, chains: Chains | None) -> Iterator[slice]:
     while begin < num_rows:
         end = begin + CHUNK_ROWS
         if chains is not None and end < num_rows:
-            end = int(torch.searchsorted(chains.chain_M, chains.chain_M[end]))
+            end = int(np.searchsorted(chains.host_M, chains.host_M[end]))
         yield slice(begin, min(end, num_rows))
         begin = end
 

@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from onlinespec.draft.config import DraftConfig
+from onlinespec.draft.flex import ContextAttention, merge
 from onlinespec.draft.rows import Rows
 
 _Rotation = tuple[torch.Tensor, torch.Tensor]
@@ -119,11 +120,17 @@ class Draft(nn.Module):
             self.input_norm = _Norm(config.num_aux * config.target_hidden_size, config.rms_norm_eps)
         self.is_recomputing = False
         """forget what each draft step computed and do it again in the backward pass"""
+        self.is_flex = False
+        """attend with `ContextAttention`"""
         self.target_ids_W: torch.Tensor | None = None
         self._map: dict[str, torch.Tensor] = {}
         self.register_buffer("inverse_frequency", _inverse_frequency(config), persistent=False)
         if weights is not None:
             self.load_weights(weights)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
 
     def compile_layers(self) -> None:
         """torch.compile what every layer does to its rows beside attention, once for all numbers of rows."""
@@ -168,7 +175,7 @@ class Draft(nn.Module):
 
         Shapes: [K, N, D], K from the rows.
         """
-        packing = _Packing(self.config, rows)
+        packing = _Packing(self.config, rows, self.is_flex)
         rotation_C = self._rotation(rows.position_C)
         hidden_CD = self.fuse_aux(rows.aux_CA)
         passes = [_LayerPass(self.midlayer, packing, hidden_CD, rows.embed_CD, rotation_C)]
@@ -230,11 +237,17 @@ class _Packing:
     head they share.
     """
 
-    def __init__(self, config: DraftConfig, rows: Rows):
+    def __init__(self, config: DraftConfig, rows: Rows, is_flex: bool):
         self.num_kv_heads, self.head_dim = config.num_kv_heads, config.head_dim
         self.group = config.num_heads // config.num_kv_heads
         self.contexts, self.queries = [c for c, _ in rows.sizes], [n for _, n in rows.sizes]
-        self.masks, first = [], 0
+        self.flex = ContextAttention(rows) if is_flex else None
+        self.masks: list[torch.Tensor] = []
+        if not is_flex:
+            self._build_masks(rows)
+
+    def _build_masks(self, rows: Rows) -> None:
+        first = 0
         for num_context, query_n in zip(self.contexts, rows.query_N.split(self.queries), strict=True):
             is_future = torch.arange(num_context, device=query_n.device) > query_n[:, None] - first
             mask = torch.zeros(is_future.shape, device=query_n.device).masked_fill_(is_future, -math.inf)
@@ -265,8 +278,9 @@ class _LayerPass:
         self._inputs = layer.read(hidden_CD, embed_CD)
         key, value = F.linear(self._inputs, kv_weight).split(self._sizes[1:], dim=-1)
         key_CJd = _rotate(packing.heads(key), rotation_C)
+        self._key_CJd, self._value_CJd = key_CJd, packing.heads(value)
         self._key = [k.permute(1, 2, 0) for k in key_CJd.split(packing.contexts)]
-        self._value = [v.transpose(0, 1) for v in packing.heads(value).split(packing.contexts)]
+        self._value = [v.transpose(0, 1) for v in self._value_CJd.split(packing.contexts)]
 
     def context(self, hidden_CD: torch.Tensor, rotation_C: _Rotation) -> torch.Tensor:
         """Output at every context row. Shapes: [C, D]."""
@@ -295,6 +309,8 @@ class _LayerPass:
     def _attend(self, query_NHd: torch.Tensor, own: _Own) -> torch.Tensor:
         """To the context rows up to each query row, and to its own later steps. Shapes: [N, H, d] to [N, H * d]."""
         packing, scale = self._packing, self._packing.head_dim**-0.5
+        if packing.flex is not None:
+            return self._attend_flex(packing.flex, query_NHd, own)
         query_NJGd = query_NHd.unflatten(1, (packing.num_kv_heads, packing.group))
         scores_own = [torch.einsum("njgd,njd->jgn", query_NJGd, key) * scale for key, _ in own]
         own_scores = torch.stack(scores_own, dim=-1).split(packing.queries, dim=2) if own else None
@@ -315,6 +331,18 @@ class _LayerPass:
             values = torch.stack([value for _, value in own])
             out_NJGd = out_NJGd + torch.einsum("jgnk,knjd->njgd", probs, values)
         return out_NJGd.flatten(1)
+
+    def _attend_flex(self, flex: ContextAttention, query_NHd: torch.Tensor, own: _Own) -> torch.Tensor:
+        """The same without masks and probabilities of the context in memory."""
+        key_CJd, value_CJd = (x.to(query_NHd.dtype) for x in (self._key_CJd, self._value_CJd))
+        out_NHd, lse_NH = flex(query_NHd, key_CJd, value_CJd)
+        if own:
+            keys, values = (torch.stack(part, dim=2) for part in zip(*own, strict=True))
+            query_NJGd = query_NHd.unflatten(1, (self._packing.num_kv_heads, self._packing.group))
+            scores = torch.einsum("njgd,njkd->njgk", query_NJGd, keys) * self._packing.head_dim**-0.5
+            values_NHkd = values.repeat_interleave(self._packing.group, dim=1)
+            out_NHd = merge(out_NHd, lse_NH, scores.flatten(1, 2), values_NHkd)
+        return out_NHd.flatten(1)
 
 
 def _inverse_frequency(config: DraftConfig) -> torch.Tensor:

@@ -21,6 +21,7 @@ class Targets:
     Shapes: ids_Mk draft ids, W standing for a token outside the draft's vocabulary; probs_Mk float32;
     tail_M float32, the mass of all tokens not among the ids; is_valid_M, False where the row has no loss;
     kept_M float32, the teacher's mass that the draft's vocabulary can speak, 1 where it is whole.
+    has_outside: some id is W; known here, so that no device is asked for it.
     """
 
     ids_Mk: torch.Tensor
@@ -28,10 +29,16 @@ class Targets:
     tail_M: torch.Tensor
     is_valid_M: torch.Tensor
     kept_M: torch.Tensor
+    has_outside: bool = False
 
     def part(self, rows: slice) -> "Targets":
         return Targets(
-            self.ids_Mk[rows], self.probs_Mk[rows], self.tail_M[rows], self.is_valid_M[rows], self.kept_M[rows]
+            self.ids_Mk[rows],
+            self.probs_Mk[rows],
+            self.tail_M[rows],
+            self.is_valid_M[rows],
+            self.kept_M[rows],
+            self.has_outside,
         )
 
 
@@ -68,12 +75,14 @@ def build_targets(
     probs = torch.where(is_greedy_M[:, None], hard, probs.lerp(hard, hard_frac))
     kept_M = torch.ones_like(lse_M)
     is_valid_M = torch.ones_like(is_greedy_M)
+    has_outside = False
     if draft_ids_V is not None:
         ids_Mk = draft_ids_V[ids_Mk]
         is_outside = ids_Mk < 0
+        has_outside = bool(is_outside.any())
         ids_Mk = torch.where(is_outside, int(draft_ids_V.max()) + 1, ids_Mk)
         probs[:, :-1].masked_fill_(is_outside, 0.0)
         kept_M = probs.sum(-1)
         is_valid_M = kept_M > 1e-6
         probs = probs / kept_M.clamp_min(1e-6)[:, None]
-    return Targets(ids_Mk, probs[:, :-1], probs[:, -1], is_valid_M, kept_M)
+    return Targets(ids_Mk, probs[:, :-1], probs[:, -1], is_valid_M, kept_M, has_outside)

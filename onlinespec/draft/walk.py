@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from onlinespec.draft.model import Draft
+from onlinespec.draft.place import placed
 from onlinespec.draft.rows import build_rows, draft_positions
 from onlinespec.draft.sample import Sample, VerifySteps
 
@@ -37,7 +38,7 @@ def matches_each(drafts: Sequence[Draft], sample: Sample, embed_VD: torch.Tensor
     tokens_NK = sample.tokens_T[emitted_NK.clamp_max(sample.num_tokens - 1)]
     results = []
     for draft in drafts:
-        drafted_NK = draft.unroll(rows).argmax(-1).T
+        drafted_NK = draft.unroll(placed(rows, draft.device)).argmax(-1).T.cpu()
         if draft.target_ids_W is not None:
             drafted_NK = draft.target_ids_W[drafted_NK]
         matches = torch.zeros(num_rows, num_steps, dtype=torch.bool)

@@ -66,7 +66,9 @@ def build_batch(
     return Batch(
         rows=build_rows(samples, wanted, embed_VD, num_steps),
         kept_M=step_M * len(has_loss_NK) + chain_M,
-        chains=Chains(chain_M, step_M, _draft_ids(torch.cat(emitted), len(embed_VD), draft_ids_V), num_steps),
+        chains=Chains(
+            chain_M, step_M, _draft_ids(torch.cat(emitted), len(embed_VD), draft_ids_V), num_steps, chain_M.numpy()
+        ),
         targets=build_targets(
             torch.cat(ids), torch.cat(logits), torch.cat(lse), torch.cat(temperature), draft_ids_V, hard_frac
         ),

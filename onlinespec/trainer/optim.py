@@ -96,11 +96,12 @@ class DraftOptimizer:
         """A copy of everything the next step depends on beside the parameters."""
         adamw = self._adamw.state_dict()
         moments = {
-            index: {key: value.clone() for key, value in moment.items()} for index, moment in adamw["state"].items()
+            index: {key: value.to("cpu", copy=True) for key, value in moment.items()}
+            for index, moment in adamw["state"].items()
         }
         return {
             "num_steps": self.num_steps,
-            "momentum": {name: momentum.clone() for name, momentum in self._momentum.items()},
+            "momentum": {name: momentum.to("cpu", copy=True) for name, momentum in self._momentum.items()},
             "adamw": {"state": moments, "param_groups": adamw["param_groups"]},
         }
 

@@ -4,6 +4,7 @@ A tensor that becomes frozen is set to its average first, so that from then on e
 same one and draft KV in the server stays valid from candidate to candidate.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ class Parameters:
     """Raises: ConfigError where kv_mode or the adapters do not fit the draft."""
 
     def __init__(self, config: TrainerConfig, draft_config: DraftConfig, weights: dict[str, torch.Tensor]):
-        self.draft = Draft(draft_config, weights)
+        self.draft = Draft(draft_config, weights).to(config.device)
         self._config = config
         base = self.draft.weights()
         shapes = canonical_names(draft_config)
@@ -34,13 +35,14 @@ class Parameters:
             generator = torch.Generator().manual_seed(config.seed)
             add_adapters(self.draft, self._adapted, config.lora_rank, config.lora_alpha, generator)
         self.draft.is_recomputing = config.checkpoint_activations
+        self.draft.is_flex = config.attention == "flex"
         if config.compile:
             self.draft.compile_layers()
         self.trained = {name: p for name, p in self.draft.named_parameters() if p.requires_grad}
         """by the model's own names; a frozen one stays listed and has no gradient"""
         self._base = {name: tensor for name, tensor in base.items() if self._adapted or name not in self.trained}
         """what a checkpoint holds beside what is trained: what adapters adapt, or the vocabulary map alone"""
-        self._averaged = {name: p.detach().cpu().clone() for name, p in self.trained.items()}
+        self._averaged = {name: p.detach().clone() for name, p in self.trained.items()}
 
     def freeze(self) -> None:
         """Stop training what kv_mode freezes; once is enough."""
@@ -58,11 +60,11 @@ class Parameters:
         decay = min(self._config.ema_decay, num_steps / (num_steps + 10))
         for name, parameter in self.trained.items():
             if parameter.requires_grad:
-                self._averaged[name].lerp_(parameter.cpu(), 1 - decay)
+                self._averaged[name].lerp_(parameter, 1 - decay)
 
     def averaged_weights(self) -> dict[str, torch.Tensor]:
         """A checkpoint's tensors, adapters merged: CPU, float32, copies."""
-        return _plain(self._base, self._averaged, self._adapted, self._scale)
+        return _plain(self._base, _on_cpu(self._averaged), self._adapted, self._scale)
 
     def state(self) -> dict[str, Any]:
         """A copy of all that `load_state` wants."""
@@ -70,8 +72,8 @@ class Parameters:
             "base": {name: tensor.clone() for name, tensor in self._base.items()},
             "adapted": list(self._adapted),
             "scale": self._scale,
-            "current": {name: p.detach().cpu().clone() for name, p in self.trained.items()},
-            "averaged": {name: tensor.clone() for name, tensor in self._averaged.items()},
+            "current": _on_cpu(self.trained),
+            "averaged": _on_cpu(self._averaged),
         }
 
     def base_of(self, state: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -89,6 +91,11 @@ class Parameters:
             self._averaged[name].copy_(state["averaged"][name])
             is_held = self._is_frozen and name in self._frozen
             parameter.copy_(state["averaged" if is_held else "current"][name])
+
+
+def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def _plain(

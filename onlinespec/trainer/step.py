@@ -18,6 +18,7 @@ from onlinespec.config import TrainerConfig
 from onlinespec.draft.config import DraftConfig
 from onlinespec.draft.losses import Terms, head_loss
 from onlinespec.draft.model import Draft
+from onlinespec.draft.place import placed
 from onlinespec.draft.sample import Sample
 from onlinespec.trainer.batch import Batch, build_batch
 from onlinespec.trainer.objective import Objective
@@ -44,7 +45,7 @@ class Trainer:
 
     is_fresh: the weights are untrained, so `kv_free_steps` applies, and kv_mode auto freezes nothing.
 
-    Shapes: embed_VD the target's embedding table, any float dtype; it is only read.
+    Shapes: embed_VD the target's embedding table, any float dtype, on the CPU; it is only read.
 
     Raises: ConfigError where kv_mode or the adapters do not fit the draft.
     """
@@ -64,6 +65,7 @@ class Trainer:
         self._config = config
         self._draft_config = draft_config
         self._embed_VD = embed_VD
+        self._device = torch.device(config.device)
         self._frozen_from_step = self._free_steps(is_fresh)
         self._num_steps_before = 0
         self._objective = Objective(config)
@@ -79,7 +81,7 @@ class Trainer:
     def _begin(self, weights: dict[str, torch.Tensor]) -> None:
         self._parameters = Parameters(self._config, self._draft_config, weights)
         self._optimizer = DraftOptimizer(self._parameters.trained, self._config)
-        self._draft_ids_V = self.draft.draft_ids()
+        self._draft_ids_V = self.draft.draft_ids()  # batches are built on the CPU
         self._freeze_when_due()
 
     @property
@@ -112,6 +114,7 @@ class Trainer:
         num_rows_K = torch.zeros(config.unroll_steps, dtype=torch.int64)
         for batch in batches:
             num_rows_K += batch.num_rows_per_step()
+        batches = [placed(batch, self._device) for batch in batches]
         if not int(num_rows_K.sum()):
             return StepResult(math.nan, 0, 0.0, is_applied=False)
         decay_K = config.loss_decay ** torch.arange(config.unroll_steps)
@@ -135,7 +138,7 @@ class Trainer:
         """Add one batch's gradients; its share of the loss."""
         config = self._config
         is_half = config.dtype == "bfloat16"
-        with torch.autocast(self._embed_VD.device.type, torch.bfloat16, enabled=is_half):
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=is_half):
             states_MD = self.draft.states(batch.rows).flatten(0, 1)[batch.kept_M]
         states_MD = states_MD.to(torch.bfloat16) if is_half else states_MD
         needs_chains = bool(terms.accept) or config.step_weights == "reach"
@@ -143,7 +146,7 @@ class Trainer:
             states_MD,
             self.draft.lm_head.weight,
             batch.targets,
-            weight_K[batch.chains.step_M],
+            weight_K.to(self._device)[batch.chains.step_M],
             terms,
             batch.chains if needs_chains else None,
         )
@@ -155,16 +158,16 @@ class Trainer:
     def _measure_reach(self, batch: Batch, is_match_M: torch.Tensor) -> None:
         """Shapes: bool [M], row after row of one query."""
         chains = batch.chains
-        is_row_NK = torch.zeros(batch.rows.num_queries, chains.num_steps)
+        is_row_NK = torch.zeros(batch.rows.num_queries, chains.num_steps, device=self._device)
         is_row_NK[chains.chain_M, chains.step_M] = 1.0
         is_match_NK = torch.zeros_like(is_row_NK)
         is_match_NK[chains.chain_M, chains.step_M] = is_match_M.float()
         is_reached_NK = is_match_NK.cumprod(1).roll(1, 1)
         is_reached_NK[:, 0] = 1.0
         num_rows_K = is_row_NK.sum(0)
-        reach_K = (is_reached_NK * is_row_NK).sum(0) / num_rows_K.clamp_min(1)
+        reach_K = ((is_reached_NK * is_row_NK).sum(0) / num_rows_K.clamp_min(1)).cpu()
         measured_K = self._reach_K.lerp(reach_K, 1 - _REACH_DECAY)
-        self._reach_K = torch.where(num_rows_K > 0, measured_K, self._reach_K)
+        self._reach_K = torch.where(num_rows_K.cpu() > 0, measured_K, self._reach_K)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """A copy of the averaged draft, ready for `write_draft`: CPU, float32, the vocabulary map included."""

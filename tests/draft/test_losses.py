@@ -61,9 +61,7 @@ def test_head_loss_and_its_gradients_equal_a_loop_over_rows(monkeypatch, tempera
     states = torch.randn(NUM_ROWS, DIM, generator=generator, dtype=torch.float64).requires_grad_()
     head = torch.randn(num_draft, DIM, generator=generator, dtype=torch.float64).requires_grad_()
     weight = torch.rand(NUM_ROWS, generator=generator, dtype=torch.float64)
-    targets = Targets(
-        targets.ids_Mk, targets.probs_Mk.double(), targets.tail_M.double(), targets.is_valid_M, targets.kept_M.double()
-    )
+    targets = in_dtype(targets, torch.float64)
 
     loss, _ = head_loss(states, head, targets, weight)
     found = torch.autograd.grad(3 * loss, [states, head])
@@ -154,7 +152,7 @@ def build_chains(num_words: int, seed: int = 3) -> Chains:
     step = torch.tensor([0, 1, 2, 0, 2, 0, 0, 1, 2, 0, 1])
     emitted = torch.randint(num_words, (NUM_ROWS,), generator=torch.Generator().manual_seed(seed))
     emitted[[2, 10]] = num_words
-    return Chains(chain, step, emitted, num_steps=3)
+    return Chains(chain, step, emitted, num_steps=3, host_M=chain.numpy())
 
 
 def build_case(temperature: float, is_pruned: bool):
@@ -165,9 +163,7 @@ def build_case(temperature: float, is_pruned: bool):
         draft_ids = torch.full((VOCABULARY,), -1)
         draft_ids[[0, 2, 3, 5, 8, 9, 12]] = torch.arange(7)
     targets = build_targets(ids, values, lse, torch.full((NUM_ROWS,), temperature), draft_ids)
-    targets = Targets(
-        targets.ids_Mk, targets.probs_Mk.double(), targets.tail_M.double(), targets.is_valid_M, targets.kept_M.double()
-    )
+    targets = in_dtype(targets, torch.float64)
     generator = torch.Generator().manual_seed(1)
     states = torch.randn(NUM_ROWS, DIM, generator=generator, dtype=torch.float64).requires_grad_()
     head = torch.randn(num_words, DIM, generator=generator, dtype=torch.float64).requires_grad_()
@@ -267,9 +263,7 @@ def test_bfloat16_states_give_float32_gradients_of_the_head():
     exact, _ = head_loss(states, head, targets, weight)
     expected = torch.autograd.grad(exact, head)[0]
     head32 = head.detach().float().requires_grad_()
-    targets = Targets(
-        targets.ids_Mk, targets.probs_Mk.float(), targets.tail_M.float(), targets.is_valid_M, targets.kept_M.float()
-    )
+    targets = in_dtype(targets, torch.float32)
 
     loss, _ = head_loss(states.detach().bfloat16(), head32, targets, weight.float())
     (found,) = torch.autograd.grad(loss, head32)

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Packs SGLang for a GPU machine without a network: Python 3.12, CUDA 13, torch 2.11 (cu130), sm_90, beside what an image
+# for torch usually has (numpy, triton, safetensors, aiohttp, requests, einops, psutil, uvloop, prometheus-client).
+# Left out: FlashAttention 3 (1.1 GB), other architectures, test and diffusion code. Serve with --attention-backend triton,
+# or flashinfer, which compiles on first use; --sampling-backend pytorch saves one more compilation.
+# usage: make_kit.sh 0.5.17|0.5.23 OUTFILE.tar.xz
+# there: mkdir SITE && tar -C SITE -xJf OUTFILE.tar.xz && export PYTHONPATH=SITE:$PWD && python benchmarks/gpu/checks.py OUT
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+version=$1 out=$(realpath -m "$2")
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+platforms=()
+for glibc in 2_34 2_28 2_27 2_26 2_24 2_17 2_5; do platforms+=(--platform "manylinux_${glibc}_x86_64"); done
+platforms+=(--platform manylinux2014_x86_64 --platform manylinux1_x86_64)
+python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+  --abi cp312 --abi abi3 --abi none "${platforms[@]}" -d "$work/wheels" -r "$here/kit-$version.txt"
+site=$work/site
+mkdir "$site"
+for wheel in "$work"/wheels/*.whl; do
+  case $wheel in
+    *sglang_kernel-*) unzip -q -o "$wheel" -d "$site" -x '*/flash_ops*' '*/infllm_ops*' '*/flashmla_ops*' '*/sm100/*' ;;
+    *) unzip -q -o "$wheel" -d "$site" ;;
+  esac
+done
+rm -f "$site"/xgrammar/lib/*.a "$site"/sglang/srt/rust_extensions/_{bench,multimodal}*.so
+find "$site" -name '*.so' -size +4M ! -name 'common_ops*' -exec strip --strip-unneeded {} \;
+rm -rf "$site"/sglang/{multimodal_gen,test,benchmark} "$site"/IPython/*/tests "$site"/{tools,lib,bin}
+find "$site" -name __pycache__ -prune -exec rm -rf {} +
+tar -C "$site" -c . | xz -T0 -9 > "$out"
+du -h "$out"
