@@ -219,7 +219,7 @@ class Training:
 
     def _evaluate(self, reporter: Reporter) -> None:
         """The accept walk of the averaged weights: what would be published."""
-        draft = Draft(self._draft_config, self._learner.trainer.weights()).to(self._plan.config.trainer.device)
+        draft = Draft(self._draft_config, self._learner.trainer.weights()).to(self.plan.config.trainer.device)
         num_committed = num_steps = 0
         for sample in self.survey.evaluation:
             steps = walk(draft, sample, self._embed_VD, self.plan.num_draft_steps)
