@@ -40,7 +40,7 @@ class ContextAttention:
         self, query_NHd: torch.Tensor, key_CJd: torch.Tensor, value_CJd: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Shapes: [N, H, d] out, and [N, H], logsumexp of the scores."""
-        attend: Callable[..., Any] = _compiled() if query_NHd.is_cuda else flex_attention
+        attend: Any = _compiled() if query_NHd.is_cuda else flex_attention
         heads = (x.transpose(0, 1)[None] for x in (query_NHd, key_CJd, value_CJd))
         out, aux = attend(*heads, block_mask=self._mask, enable_gqa=True, return_aux=AuxRequest(lse=True))
         return out[0].transpose(0, 1), aux.lse[0].T
