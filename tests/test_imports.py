@@ -73,12 +73,14 @@ DOORS = {
 }
 # Modules with imports inside functions, and what they may import there.
 LAZY = {"onlinespec.cli": {"onlinespec", "rich"}, "onlinespec.plugin.entry": {"onlinespec"}}
+LAZY["onlinespec.bench.app"] = {"onlinespec", "rich"}
 LAZY["onlinespec.provision"] = {"huggingface_hub"}
 LEAN = (
     "wire.sockets",
     "config",
     "resolve",
     "cli",
+    "bench.app",
     "draft.header",
     "support",
     "cpu.settings",
