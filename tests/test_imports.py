@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "history": {"paths", "launch", "versions"},
     "serve": {"errors", "config", "resolve", "paths", "wire", "support", "launch", "cpu", "versions", "plugin"}
     | {"provision"},
-    "bench": {"errors", "world"},
+    "bench": {"errors", "paths", "launch", "world"},
     "demo": {"errors", "resolve", "paths", "wire", "launch", "versions", "operate", "bench", "world"},
     "cli": {
         "errors",
