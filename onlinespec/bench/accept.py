@@ -17,7 +17,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeR
 
 from onlinespec.bench.client import Answer, Prompt, Sampling, converse
 from onlinespec.bench.plot import plot
-from onlinespec.bench.provenance import provenance
+from onlinespec.bench.provenance import Provenance, provenance
 from onlinespec.bench.result import Cell, Result, Sample, Settings, Suite, begin, write_result
 from onlinespec.bench.suites import load_suite
 from onlinespec.bench.summary import table
@@ -67,12 +67,12 @@ def run_accept(plan: Plan, console: Console) -> int:
         is_flushed=plan.is_flushed,
     )
     result = begin(plan.path, settings)
-    result.sessions.append(provenance(plan.base_url, plan.run_dir))
+    session = provenance(plan.base_url, plan.run_dir)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         try:
             for cell in result.cells:
-                Measurement(result, cell, plan.path).run(suites[cell.suite], progress)
+                Measurement(result, cell, plan.path, session).run(suites[cell.suite], progress)
             status = 0 if all(any(not sample.error for sample in cell.samples) for cell in result.cells) else 1
         except KeyboardInterrupt:
             status = INTERRUPTED
@@ -83,10 +83,10 @@ def run_accept(plan: Plan, console: Console) -> int:
 
 
 class Measurement:
-    """Fills one cell; `result`, of which it is, is written to `path` as it goes."""
+    """Fills one cell; `result`, of which it is, is written to `path` as it goes, and says which sessions did so."""
 
-    def __init__(self, result: Result, cell: Cell, path: Path | None):
-        self._result, self._cell, self._path = result, cell, path
+    def __init__(self, result: Result, cell: Cell, path: Path | None, session: Provenance):
+        self._result, self._cell, self._path, self._session = result, cell, path, session
         self._began_s = 0.0
         self._saved_s = time.monotonic()
 
@@ -98,6 +98,8 @@ class Measurement:
         if not missing:
             self._cell.is_complete = True
             return
+        if self._session not in self._result.sessions:
+            self._result.sessions.append(self._session)
         settings, cell = self._result.settings, self._cell
         sampling = Sampling(cell.temperature, settings.max_tokens, seed=settings.seed, is_streamed=settings.is_streamed)
         warmup = [Prompt.of_text("", f"Count from {n} to {n + 40}.") for n in range(settings.num_warmup)]

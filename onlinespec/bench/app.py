@@ -29,7 +29,10 @@ def accept(
     stream: Annotated[bool, typer.Option(help="Without a stream there are no latencies between tokens.")] = True,
     warmup: Annotated[int, typer.Option(help="Requests before each cell that are not counted.", min=0)] = 4,
     flush_cache: Annotated[
-        bool, typer.Option("--flush-cache", help="Empty the server's prefix cache before each cell.")
+        bool,
+        typer.Option(
+            "--flush-cache", help="Empty the server's prefix cache before each cell: all ask the same prompts."
+        ),
     ] = False,
     run_dir: Annotated[
         Path | None, typer.Option(help="The server's, if it is ours: its config's digest is kept.")

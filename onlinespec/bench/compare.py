@@ -1,17 +1,20 @@
 """`onlinespec bench compare`: two results of `bench accept` on the same conversations, paired."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 from rich.table import Table
 
-from onlinespec.bench.estimate import Estimate, mean_ratio, ratio_difference
+from onlinespec.bench.estimate import ratio_difference
+from onlinespec.bench.interval import Interval, ratio_interval
 from onlinespec.bench.result import Cell, Sample, read_result
-from onlinespec.bench.summary import Counts, conversations
+from onlinespec.bench.summary import conversations
 from onlinespec.errors import BenchError
 
+Place = tuple[int, int]
+"""of a request: conversation, turn"""
 OF_THE_SERVER = ("base_url", "model")
 """settings in which two compared results may differ"""
 
@@ -28,9 +31,9 @@ class Difference(msgspec.Struct, frozen=True):
     """requests that succeeded in one of the two only, or were not asked there yet"""
     accept_length_a: float | None
     accept_length_b: float | None
-    accept_length: Estimate | None
+    accept_length: Interval | None
     """of b less that of a, both token-weighted over the pairs"""
-    speed: Estimate | None
+    speed: Interval | None
     """geometric mean of b's tokens/s of a request over a's"""
     same_text_frac: float | None
     """share of pairs whose answers are the same text: 1 is wanted of greedy answers of one target"""
@@ -57,9 +60,7 @@ def compare(path_a: Path, path_b: Path) -> Comparison:
 def _difference(a: Cell, b: Cell) -> Difference:
     good_a, good_b = _by_place(a), _by_place(b)
     places = sorted(good_a.keys() & good_b.keys())
-    counts_a = conversations(good_a[place].answer() for place in places)
-    counts_b = conversations(good_b[place].answer() for place in places)
-    lengths = _parts(counts_a), _parts(counts_b)
+    lengths = _parts(places, good_a), _parts(places, good_b)
     same = [good_a[place].text_digest == good_b[place].text_digest for place in places]
     return Difference(
         cell=a.name,
@@ -73,29 +74,30 @@ def _difference(a: Cell, b: Cell) -> Difference:
     )
 
 
-def _by_place(cell: Cell) -> dict[tuple[int, int], Sample]:
+def _by_place(cell: Cell) -> dict[Place, Sample]:
     return {(sample.number, sample.turn): sample for sample in cell.samples if not sample.error}
 
 
-def _parts(counts: Mapping[int, Counts]) -> tuple[list[float], list[float]]:
-    """Emitted tokens and verify steps of each conversation, in order of their numbers."""
-    ordered = [counts[number] for number in sorted(counts)]
-    steps = [float(of_one.num_verify_steps) for of_one in ordered]
-    return [of_one.num_verify_steps + of_one.num_correct_drafts for of_one in ordered], steps
+def _parts(places: Sequence[Place], good: Mapping[Place, Sample]) -> tuple[list[float], list[float]]:
+    """Emitted tokens and verify steps of each conversation, in order of their numbers, as `places` are."""
+    counts = conversations(good[place].answer() for place in places).values()
+    steps = [float(of_one.num_verify_steps) for of_one in counts]
+    return [of_one.num_verify_steps + of_one.num_correct_drafts for of_one in counts], steps
 
 
 def _of(emitted: list[float], steps: list[float]) -> float | None:
     return sum(emitted) / sum(steps) if sum(steps) else None
 
 
-def _speed(pairs: list[tuple[Sample, Sample]]) -> Estimate | None:
+def _speed(pairs: list[tuple[Sample, Sample]]) -> Interval | None:
     """A conversation's logarithm is the mean over its turns."""
     logs: dict[int, list[float]] = {}
     for a, b in pairs:
         if a.num_output_tokens and b.num_output_tokens:
             speed_a, speed_b = a.num_output_tokens / a.done_s, b.num_output_tokens / b.done_s
             logs.setdefault(a.number, []).append(math.log(speed_b / speed_a))
-    return mean_ratio([sum(values) / len(values) for values in logs.values()])
+    means = [math.exp(sum(values) / len(values)) for values in logs.values()]
+    return ratio_interval(means, [1.0] * len(means))
 
 
 def to_json(found: Comparison) -> str:
@@ -121,9 +123,9 @@ def compare_table(found: Comparison) -> Table:
     return shown
 
 
-def _estimate(found: Estimate | None, spec: str) -> str:
+def _estimate(found: Interval | None, spec: str) -> str:
     if found is None:
         return "-"
     if found.low is None or found.high is None:
-        return format(found.value, spec)
-    return f"{found.value:{spec}} ({found.low:{spec}} to {found.high:{spec}})"
+        return format(found.mean, spec)
+    return f"{found.mean:{spec}} ({found.low:{spec}} to {found.high:{spec}})"

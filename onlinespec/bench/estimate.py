@@ -9,22 +9,12 @@ Techniques, 3rd ed. 1977, chapter 6). It wants some 20 conversations; with few o
 import math
 from collections.abc import Sequence
 
-import msgspec
 import numpy as np
-from scipy.special import stdtrit
 
-LEVEL = 0.95
-
-
-class Estimate(msgspec.Struct, frozen=True):
-    """A figure and its interval. low and high are None where fewer than two conversations say how it varies."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
+from onlinespec.bench.interval import LEVEL, Interval, t_quantile
 
 
-def ratio(parts: Sequence[float], wholes: Sequence[float]) -> Estimate | None:
+def ratio(parts: Sequence[float], wholes: Sequence[float]) -> Interval | None:
     """sum(parts) / sum(wholes), one of each a conversation; None of nothing. Conversations without a whole say nothing.
 
     Source: Cochran, see above.
@@ -38,7 +28,7 @@ def ratio(parts: Sequence[float], wholes: Sequence[float]) -> Estimate | None:
 
 def ratio_difference(
     parts_a: Sequence[float], wholes_a: Sequence[float], parts_b: Sequence[float], wholes_b: Sequence[float]
-) -> Estimate | None:
+) -> Interval | None:
     """Ratio of b less that of a, the i-th of both the same conversation; None where either is of nothing.
 
     Source: the linearised ratios of `ratio`, subtracted conversation by conversation, so that what makes one of them
@@ -51,16 +41,7 @@ def ratio_difference(
     return _interval(b - a, (b_N - b * y_N) / y_N.sum() - (a_N - a * x_N) / x_N.sum())
 
 
-def mean_ratio(logs: Sequence[float]) -> Estimate | None:
-    """Geometric mean of ratios given by their logarithms, one a conversation; t interval on the logarithms."""
-    found = ratio(logs, [1.0] * len(logs))
-    if found is None:
-        return None
-    low, high = (None if bound is None else math.exp(bound) for bound in (found.low, found.high))
-    return Estimate(math.exp(found.value), low, high)
-
-
-def share(parts: Sequence[float], wholes: Sequence[float]) -> Estimate | None:
+def share(parts: Sequence[float], wholes: Sequence[float]) -> Interval | None:
     """sum(parts) / sum(wholes) of trials that succeeded, with Wilson's interval on the effective number of trials.
 
     That number is p (1 - p) over the variance between conversations, at most the trials there were; where all trials
@@ -71,7 +52,7 @@ def share(parts: Sequence[float], wholes: Sequence[float]) -> Estimate | None:
     found = ratio(parts, wholes)
     if found is None or found.low is None or found.high is None:
         return found
-    p, t = found.value, float(stdtrit(len(whole_N) - 1, (1 + LEVEL) / 2))
+    p, t = found.mean, t_quantile(LEVEL, len(whole_N) - 1)
     error = (found.high - found.low) / 2 / t
     trials = float(whole_N.sum())
     if p in (0.0, 1.0):
@@ -80,7 +61,7 @@ def share(parts: Sequence[float], wholes: Sequence[float]) -> Estimate | None:
         trials = min(trials, p * (1 - p) / error**2)
     centre = (p + t * t / (2 * trials)) / (1 + t * t / trials)
     half = t * math.sqrt(p * (1 - p) / trials + t * t / (4 * trials * trials)) / (1 + t * t / trials)
-    return Estimate(p, max(0.0, centre - half), min(1.0, centre + half))
+    return Interval(p, max(0.0, centre - half), min(1.0, centre + half), found.num_values)
 
 
 def _counted(parts: Sequence[float], wholes: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -88,10 +69,10 @@ def _counted(parts: Sequence[float], wholes: Sequence[float]) -> tuple[np.ndarra
     return part_N[whole_N > 0], whole_N[whole_N > 0]
 
 
-def _interval(value: float, influence_N: np.ndarray) -> Estimate:
+def _interval(value: float, influence_N: np.ndarray) -> Interval:
     """influence_N: how much each conversation moves the value; they add up to 0."""
     n = len(influence_N)
     if n < 2:
-        return Estimate(value)
-    half = float(stdtrit(n - 1, (1 + LEVEL) / 2)) * math.sqrt(n / (n - 1) * float((influence_N**2).sum()))
-    return Estimate(value, value - half, value + half)
+        return Interval(value, None, None, n)
+    half = t_quantile(LEVEL, n - 1) * math.sqrt(n / (n - 1) * float((influence_N**2).sum()))
+    return Interval(value, value - half, value + half, n)

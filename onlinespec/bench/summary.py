@@ -14,7 +14,8 @@ import msgspec
 from rich.table import Table
 
 from onlinespec.bench.client import Answer
-from onlinespec.bench.estimate import Estimate, ratio, share
+from onlinespec.bench.estimate import ratio, share
+from onlinespec.bench.interval import Interval
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -59,7 +60,7 @@ def summarise(name: str, answers: Sequence[Answer]) -> Summary:
     wall_s = max(answer.end_s for answer in good) - min(answer.sent_s for answer in good) if good else 0.0
     visible = sum(answer.num_output_tokens - 1 for answer in good if answer.num_verify_steps)
     counts = list(conversations(good).values())
-    length = accept_length(counts) or Estimate(0.0)
+    length = accept_length(counts)
     shares = position_acceptance([of_one.histogram for of_one in counts])
     return Summary(
         name=name,
@@ -68,11 +69,11 @@ def summarise(name: str, answers: Sequence[Answer]) -> Summary:
         num_output_tokens=tokens,
         num_verify_steps=steps,
         num_correct_drafts=sum(answer.num_correct_drafts for answer in good),
-        accept_length=length.value if steps else None,
-        accept_length_low=length.low,
-        accept_length_high=length.high,
+        accept_length=length.mean if length else None,
+        accept_length_low=length.low if length else None,
+        accept_length_high=length.high if length else None,
         accept_length_truncated=visible / steps if steps else None,
-        position_acceptance=[found.value for found in shares],
+        position_acceptance=[found.mean for found in shares],
         position_intervals=[(found.low, found.high) for found in shares],
         tokens_per_s=tokens / wall_s if wall_s > 0 else None,
         ttft_p50_s=percentile(ttft, 50),
@@ -106,16 +107,16 @@ def conversations(answers: Iterable[Answer]) -> dict[int, Counts]:
     return found
 
 
-def accept_length(counts: Sequence[Counts]) -> Estimate | None:
+def accept_length(counts: Sequence[Counts]) -> Interval | None:
     """Token-weighted, with its interval; None where nothing was verified."""
     steps = [of_one.num_verify_steps for of_one in counts]
     found = ratio([of_one.num_verify_steps + of_one.num_correct_drafts for of_one in counts], steps)
     if found is None or found.low is None:
         return found
-    return Estimate(found.value, max(1.0, found.low), found.high)  # every step emits one token at least
+    return msgspec.structs.replace(found, low=max(1.0, found.low))  # every step emits one token at least
 
 
-def position_acceptance(histograms: Sequence[Sequence[int]]) -> list[Estimate]:
+def position_acceptance(histograms: Sequence[Sequence[int]]) -> list[Interval]:
     """Share of verify steps whose drafted token at position 1, 2, ... was accepted.
 
     histograms[i][j]: verify steps of conversation i with exactly j drafted tokens accepted.

@@ -217,6 +217,7 @@ def test_a_two_turn_conversation_is_two_requests_of_one_number(server: StandIn, 
 
     assert [(s.number, s.turn) for s in read_result(wanted.path).cells[0].samples] == [(0, 0), (0, 1)]
     assert server.asked == [], "nothing was missing"
+    assert len(read_result(wanted.path).sessions) == 1
 
 
 def test_a_file_of_other_settings_is_refused_by_their_names_and_left_alone(server: StandIn, prompts: Path):

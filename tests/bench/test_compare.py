@@ -54,9 +54,9 @@ def test_b_is_compared_with_a_conversation_by_conversation_whatever_their_order(
     before, after = 1 + 16 / 35, 1 + 25 / 27
     assert (found.num_pairs, found.num_unpaired) == (3, 0)
     assert (found.accept_length_a, found.accept_length_b) == pytest.approx((before, after))
-    assert found.accept_length.value == pytest.approx(after - before)
-    assert found.accept_length.low < found.accept_length.value < found.accept_length.high
-    assert (found.speed.value, found.speed.low, found.speed.high) == pytest.approx((2, 2, 2))
+    assert found.accept_length.mean == pytest.approx(after - before)
+    assert found.accept_length.low < found.accept_length.mean < found.accept_length.high
+    assert (found.speed.mean, found.speed.low, found.speed.high) == pytest.approx((2, 2, 2))
 
 
 def test_what_failed_in_one_of_them_is_left_out_of_both_and_counted(write):
@@ -77,7 +77,7 @@ def test_the_turns_of_a_conversation_are_one_unit(write):
     (apart,) = compare(write("a.json", turns), write("b.json", second)).differences
     (together,) = compare(write("c.json", folded), write("d.json", folded_second)).differences
 
-    assert apart.speed.value == pytest.approx(together.speed.value) == pytest.approx(4)
+    assert apart.speed.mean == pytest.approx(together.speed.mean) == pytest.approx(4)
     assert apart.speed.low is not None
     assert together.speed.low is None, "one conversation says nothing of how they vary"
     assert together.num_pairs == 2
@@ -89,7 +89,7 @@ def test_without_counters_speeds_are_compared_still(write):
     (found,) = compare(write("a.json", plain), write("b.json", BETTER)).differences
 
     assert (found.accept_length_a, found.accept_length) == (None, None)
-    assert math.log2(found.speed.value) == pytest.approx(1)
+    assert math.log2(found.speed.mean) == pytest.approx(1)
 
 
 def test_the_share_of_equal_answers_is_told(write):

@@ -112,8 +112,8 @@ def test_position_acceptance_is_the_share_of_steps_that_got_so_far():
     # 4 + 3 steps of up to 3 drafted tokens: 2 accepted none, 1 one, 1 two, 3 all three.
     found = position_acceptance([[1, 1, 1, 1], [1, 0, 0, 2]])
 
-    assert [share.value for share in found] == [5 / 7, 4 / 7, 3 / 7]
-    assert all(share.low < share.value < share.high for share in found)
+    assert [share.mean for share in found] == [5 / 7, 4 / 7, 3 / 7]
+    assert all(share.low < share.mean < share.high for share in found)
 
 
 def test_position_acceptance_agrees_with_counting_step_by_step():
@@ -122,14 +122,14 @@ def test_position_acceptance_agrees_with_counting_step_by_step():
     parts = accepted[:60], accepted[60:]
     histograms = [[part.count(j) for j in range(max(part) + 1)] for part in parts]
 
-    found = [share.value for share in position_acceptance(histograms)]
+    found = [share.mean for share in position_acceptance(histograms)]
 
     assert found == [sum(count >= position for count in accepted) / 200 for position in (1, 2, 3, 4)]
     assert 1 + sum(found) == pytest.approx(1 + sum(accepted) / 200), "their sum is the accept length"
 
 
 def test_answers_with_shorter_histograms_accepted_nothing_further_on():
-    assert [share.value for share in position_acceptance([[3], [1, 0, 2]])] == [2 / 6, 2 / 6]
+    assert [share.mean for share in position_acceptance([[3], [1, 0, 2]])] == [2 / 6, 2 / 6]
     assert position_acceptance([[], [0, 0]]) == []
 
 

@@ -91,8 +91,8 @@ def test_the_accept_length_shown_is_made_of_these_integers(streamed):
     found = accept_length(list(conversations(answers).values()))
 
     steps, correct = sum(steps for _, steps, _ in told), sum(correct for _, _, correct in told)
-    assert found.value == (steps + correct) / steps
-    assert found.low < found.value < found.high
+    assert found.mean == (steps + correct) / steps
+    assert found.low < found.mean < found.high
     assert sum(len(sample.verify) for sample in samples) == steps
 
 
