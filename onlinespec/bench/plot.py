@@ -20,11 +20,16 @@ def plot(result: Result, path: Path) -> None:
         _draw_positions(left, name, row)
     left.set(xlabel="draft position", ylabel="share of verify steps accepted up to here", ylim=(0, 1))
     left.xaxis.get_major_locator().set_params(integer=True)
+    if all(row.accept_length is None for _, row in shown):
+        left.text(0.5, 0.5, "the server sent no counters", ha="center", transform=left.transAxes)
     left.set_title("Acceptance by position, 95 % between conversations")
     _draw_latencies(right, [row for _, row in shown])
     right.set_yticks(range(len(shown)), [name for name, _ in shown], fontsize=7)
     right.invert_yaxis()
     right.set(xlabel="ms, p50 to p99", xscale="log")
+    right.xaxis.set_major_formatter("{x:g}")
+    right.xaxis.set_minor_formatter("{x:g}")
+    right.tick_params(axis="x", which="minor", labelsize=7)
     right.set_title("Latency")
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
+from rich import box
 from rich.table import Table
 
 from onlinespec.bench.client import Answer
@@ -38,7 +39,7 @@ class Summary(msgspec.Struct, frozen=True):
     position_intervals: list[tuple[float | None, float | None]]
     """95 % of each, Wilson's on the effective number of steps"""
     tokens_per_s: float | None
-    """output tokens over the wall time from the first request sent to the last chunk"""
+    """output tokens over the wall time from the first request sent to the last chunk; None where others ran between"""
     ttft_p50_s: float | None
     ttft_p99_s: float | None
     gap_p50_s: float | None
@@ -135,33 +136,24 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
 
 
 def table(summaries: Sequence[Summary], title: str) -> Table:
-    """A rich table, one row per summary."""
-    result = Table(title=title)
-    for heading in (
-        "",
-        "requests",
-        "failed",
-        "tokens",
-        "accept length",
-        "by position",
-        "tokens/s",
-        "TTFT p50/p99 ms",
-        "gap p50/p99 ms",
-        "per token p50/p99 ms",
-    ):
-        result.add_column(heading, justify="left" if not heading else "right")
+    """A rich table, one row per summary. Cells break at spaces, so that 80 columns hold it."""
+    result = Table(
+        title=title, caption="latencies: p50 / p99", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False
+    )
+    headings = ("requests", "accept length", "by position", "tokens/s", "TTFT ms", "gap ms", "per token ms")
+    result.add_column("", no_wrap=True, overflow="fold")
+    for heading in headings:
+        result.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
     for row in summaries:
         result.add_row(
             row.name,
-            str(row.num_requests),
-            str(row.num_failed),
-            str(row.num_output_tokens),
+            str(row.num_requests) + (f", {row.num_failed} failed" if row.num_failed else ""),
             _length(row),
             " ".join(f"{share:.2f}" for share in row.position_acceptance) or "-",
             _number(row.tokens_per_s, ".0f"),
-            f"{_number(row.ttft_p50_s, '.0f', 1000)}/{_number(row.ttft_p99_s, '.0f', 1000)}",
-            f"{_number(row.gap_p50_s, '.0f', 1000)}/{_number(row.gap_p99_s, '.0f', 1000)}",
-            f"{_number(row.token_p50_s, '.1f', 1000)}/{_number(row.token_p99_s, '.1f', 1000)}",
+            f"{_number(row.ttft_p50_s, '.0f', 1000)} / {_number(row.ttft_p99_s, '.0f', 1000)}",
+            f"{_number(row.gap_p50_s, '.0f', 1000)} / {_number(row.gap_p99_s, '.0f', 1000)}",
+            f"{_number(row.token_p50_s, '.1f', 1000)} / {_number(row.token_p99_s, '.1f', 1000)}",
         )
     return result
 
@@ -169,7 +161,7 @@ def table(summaries: Sequence[Summary], title: str) -> Table:
 def _length(row: Summary) -> str:
     if row.accept_length is None or row.accept_length_low is None or row.accept_length_high is None:
         return _number(row.accept_length, ".2f")
-    return f"{row.accept_length:.2f} ({row.accept_length_low:.2f}-{row.accept_length_high:.2f})"
+    return f"{row.accept_length:.2f} ({row.accept_length_low:.2f} to {row.accept_length_high:.2f})"
 
 
 def _number(value: float | None, spec: str, scale: float = 1) -> str:

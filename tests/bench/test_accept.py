@@ -87,6 +87,7 @@ def test_there_is_a_row_per_domain_in_order_of_appearance_and_a_total():
     rows = summaries_of(answers)
 
     assert [(row.name, row.accept_length) for row in rows] == [("b", 3.0), ("a", 4 / 3), ("all", 2.0)]
+    assert [row.tokens_per_s for row in rows] == [None, None, 6.0], "domains that ran mixed have no speed of their own"
 
 
 def test_a_single_domain_needs_no_total_and_no_answers_have_one():

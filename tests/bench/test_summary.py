@@ -155,6 +155,18 @@ def test_the_table_shows_a_row_per_summary_and_a_dash_where_there_is_no_number()
     lines = console.file.getvalue().splitlines()
     chat = next(line for line in lines if "chat" in line)
     none = next(line for line in lines if "none" in line)
-    assert "3.50 (1.00-" in chat, "the interval stands beside it"
-    assert "100/500" in chat
-    assert "-/-" in none
+    assert "3.50 (1.00 to " in chat, "the interval stands beside it"
+    assert "100 / 500" in chat
+    assert "1, 1 failed" in none
+    assert "- / -" in none
+
+
+def test_the_table_cuts_nothing_off_in_80_columns():
+    console = Console(width=80, file=io.StringIO())
+
+    console.print(table([summarise("conversion", [LONG, SHORT])], "title"))
+
+    shown = console.file.getvalue()
+    assert "\u2026" not in shown
+    for word in ("conversion", "requests", "position", "tokens/s", "14.09)"):
+        assert word in shown
