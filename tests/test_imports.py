@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "history": {"paths", "launch", "versions"},
     "serve": {"errors", "config", "resolve", "paths", "wire", "support", "launch", "cpu", "versions", "plugin"}
     | {"provision"},
-    "bench": {"errors", "world"},
+    "bench": {"errors", "paths", "launch", "world"},
     "demo": {"errors", "resolve", "paths", "wire", "launch", "versions", "operate", "bench", "world"},
     "cli": {
         "errors",
@@ -73,12 +73,14 @@ DOORS = {
 }
 # Modules with imports inside functions, and what they may import there.
 LAZY = {"onlinespec.cli": {"onlinespec", "rich"}, "onlinespec.plugin.entry": {"onlinespec"}}
+LAZY["onlinespec.bench.app"] = {"onlinespec", "rich"}
 LAZY["onlinespec.provision"] = {"huggingface_hub"}
 LEAN = (
     "wire.sockets",
     "config",
     "resolve",
     "cli",
+    "bench.app",
     "draft.header",
     "support",
     "cpu.settings",
