@@ -48,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "history": {"paths", "launch", "versions"},
     "serve": {"errors", "config", "resolve", "paths", "wire", "support", "launch", "cpu", "versions", "plugin"}
     | {"provision"},
+    "doctor": {"errors", "plugin"},
     "bench": {"errors", "world"},
     "demo": {"errors", "resolve", "paths", "wire", "launch", "versions", "operate", "bench", "world"},
     "cli": {
@@ -60,6 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "operate",
         "offers",
         "history",
+        "doctor",
         "bench",
         "demo",
         "record",
@@ -74,6 +76,7 @@ DOORS = {
 # Modules with imports inside functions, and what they may import there.
 LAZY = {"onlinespec.cli": {"onlinespec", "rich"}, "onlinespec.plugin.entry": {"onlinespec"}}
 LAZY["onlinespec.provision"] = {"huggingface_hub"}
+LAZY["onlinespec.plugin.attach"] = {"sglang"}  # what only one of the supported SGLang versions has
 LEAN = (
     "wire.sockets",
     "config",
