@@ -60,6 +60,22 @@ def status(run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
 
 
 @app.command()
+def doctor(
+    what: Annotated[str, typer.Argument(help="A wheel, or where one was unpacked; or the version to look for.")] = "",
+    sglang: Annotated[bool, typer.Option("--sglang", help="Which hook sites resolve in the installed SGLang.")] = False,
+) -> None:
+    """Look at what onlinespec attaches to. Exit code 1 where something does not fit."""
+    from onlinespec.doctor import site_lines
+
+    if not sglang:
+        raise typer.BadParameter("nothing to look at; give --sglang")
+    lines, is_fine = site_lines(what)
+    for line in lines:
+        typer.echo(line)
+    raise typer.Exit(0 if is_fine else 1)
+
+
+@app.command()
 def history(
     run_dir: RunDir = DEFAULT_RUN_DIR,
     as_json: Annotated[bool, typer.Option("--json", help="The journal's events as JSON lines.")] = False,

@@ -34,6 +34,14 @@ class CaptureConfig(Section, frozen=True):
     """target logits kept per row, beside their logsumexp"""
     queue_bytes: Positive = 64 * 2**20
     """bytes of rows that may wait in the server for the sidecar; beyond it rows are dropped and counted"""
+    ring_bytes: Positive = 256 * 2**20
+    """bytes of pinned memory for passes between device and sender; one that finds no room is dropped and counted (a
+    prefill of 8192 tokens of an 8B target is 200 MB in bfloat16, half of it in float8; queue_bytes must hold it too)"""
+    row_dtype: Literal["auto", "float8"] = "auto"
+    """hidden states as they leave the server: auto: as the target computes them; float8: e4m3 with one scale a row, for
+    half the bytes of bfloat16 and a relative error of up to 1/16 a value"""
+    device_reserve_bytes: NonNegative = 2 * 2**30
+    """device memory left free at start; a resident version for swaps that would take of it waits in pinned memory"""
     fuse_faults: Positive = 5
     """faults of ours inside the server after which capture switches itself off"""
     fuse_retry_s: PositiveFloat = 60.0

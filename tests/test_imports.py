@@ -48,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "history": {"paths", "launch", "versions"},
     "serve": {"errors", "config", "resolve", "paths", "wire", "support", "launch", "cpu", "versions", "plugin"}
     | {"provision"},
+    "doctor": {"errors", "plugin"},
     "bench": {"errors", "paths", "launch", "world"},
     "demo": {"errors", "resolve", "paths", "wire", "launch", "versions", "operate", "bench", "world"},
     "cli": {
@@ -60,6 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "operate",
         "offers",
         "history",
+        "doctor",
         "bench",
         "demo",
         "record",
@@ -75,6 +77,7 @@ DOORS = {
 LAZY = {"onlinespec.cli": {"onlinespec", "rich"}, "onlinespec.plugin.entry": {"onlinespec"}}
 LAZY["onlinespec.bench.app"] = {"onlinespec", "rich"}
 LAZY["onlinespec.provision"] = {"huggingface_hub"}
+LAZY["onlinespec.plugin.attach"] = {"sglang"}  # what only one of the supported SGLang versions has
 LEAN = (
     "wire.sockets",
     "config",

@@ -13,6 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from onlinespec.plugin.commits import Commit
 from onlinespec.plugin.switchback import Place
 from onlinespec.wire.messages import BlockEnded, StartSwitchback
 
@@ -109,8 +112,8 @@ class Meter:
         self._last = step
         return step
 
-    def committed(self, step: Step, commits: Sequence[Any]) -> None:
-        """commits: SGLang 0.5.23 managers/auxiliary_output.py CommittedTokens of each request, None without tokens."""
+    def committed(self, step: Step, commits: Sequence[Commit | None]) -> None:
+        """commits: of each request, None without tokens."""
         tokens = [len(commit.token_ids) for commit in commits if commit is not None]
         step.num_tokens, step.num_requests = sum(tokens), len(tokens)
         block, turn = step.block, step.turn
@@ -155,19 +158,14 @@ def _ended(block: _Block, turn: Turn, num_draft_steps: int) -> BlockEnded:
 
 
 @dataclass(frozen=True)
-class StepCommit:
-    """Carries a step to its commit, on the device and on the host: it holds no tensor.
-
-    Source: SGLang 0.5.23 managers/auxiliary_output.py DeviceAuxiliaryOutput, HostAuxiliaryOutput.
-    """
+class StepRider:
+    """Carries a step to its commit; see `commits.Rider`. guard: the fuse."""
 
     meter: Meter
     step: Step
     guard: Callable[..., Any]
 
-    def copy_to_host(self, _copy_tensor: Callable[[Any], Any]) -> "StepCommit":
-        return self
-
-    def consume(self, _batch: Any, commits: Sequence[Any]) -> None:
-        """Called by SGLang once the step's tokens are committed."""
+    def committed(
+        self, _reqs: Sequence[Any], commits: Sequence[Commit | None], _accept_lens_B: torch.Tensor | None
+    ) -> None:
         self.guard(self.meter.committed, self.step, commits)

@@ -20,26 +20,11 @@ _TIMEOUT_S = 60.0
 logger = logging.getLogger(__name__)
 
 
-class StageSwitchback(msgspec.Struct, frozen=True):
-    """To every rank: read this candidate beside the version in service now."""
-
-    candidate: StageVersion
-
-
 class FinishExport(msgspec.Struct, frozen=True):
     """To every rank: wait until what `ExportEmbedding` asked for is written."""
 
 
-Order = (
-    StageVersion
-    | ApplyVersion
-    | StageSwitchback
-    | StartSwitchback
-    | StopSwitchback
-    | SetDepth
-    | ExportEmbedding
-    | FinishExport
-)
+Order = StageVersion | ApplyVersion | StartSwitchback | StopSwitchback | SetDepth | ExportEmbedding | FinishExport
 
 
 class Delivery(msgspec.Struct):

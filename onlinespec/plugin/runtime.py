@@ -14,7 +14,6 @@ from typing import Any
 
 import sglang
 import torch
-from sglang.srt.managers.auxiliary_output import append_auxiliary_output
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.runtime_context import get_parallel
 
@@ -23,16 +22,21 @@ from onlinespec.draft.header import digest, read_shapes
 from onlinespec.errors import SwapError
 from onlinespec.launch import Launch, read_launch
 from onlinespec.paths import RunPaths
+from onlinespec.plugin.commits import Carrier
 from onlinespec.plugin.depth import Depth
+from onlinespec.plugin.device import build_device
 from onlinespec.plugin.embedding import EmbeddingExport
 from onlinespec.plugin.fuse import Fuse
-from onlinespec.plugin.meter import Meter, Step, StepCommit, Turn
-from onlinespec.plugin.orders import Delivery, FinishExport, Order, Orders, StageSwitchback
+from onlinespec.plugin.meter import Meter, Step, StepRider, Turn
+from onlinespec.plugin.orders import Delivery, FinishExport, Order, Orders
 from onlinespec.plugin.requests import RequestBook
+from onlinespec.plugin.ring import Ring
+from onlinespec.plugin.rows import RowCopier
 from onlinespec.plugin.sites import Site
 from onlinespec.plugin.swap import ApplyVersion, StageVersion, Swapper
 from onlinespec.plugin.switchback import Switchback
 from onlinespec.plugin.tap import Tap
+from onlinespec.plugin.teacher import teacher_of
 from onlinespec.resolve import load_config
 from onlinespec.wire.messages import (
     Ack,
@@ -58,12 +62,14 @@ LEFT_ALONE = "the draft's weights were left as they are, onlinespec keeps them; 
 class Runtime:
     """See the module's docstring. Hook methods are called by SGLang through the fuse."""
 
-    def __init__(self, root: Path, sites: list[Site]):
+    def __init__(self, root: Path, sites: list[Site], build_carrier: Callable[[Callable[..., Any]], Carrier]):
         self._paths = RunPaths(root)
-        self._config: Config = load_config([self._paths.resolved_config])
+        config: Config = load_config([self._paths.resolved_config])
+        self._capture = config.capture
         self._launch: Launch = read_launch(root)
         self._sites = sites
-        self.fuse = Fuse(self._config.capture.fuse_faults, self._config.capture.fuse_retry_s)
+        self.fuse = Fuse(self._capture.fuse_faults, self._capture.fuse_retry_s)
+        self.carrier = build_carrier(self.fuse.run)
         self._scheduler: Any = None
         self._swapper: Swapper | None = None
         self._tap: Tap | None = None
@@ -83,23 +89,29 @@ class Runtime:
         scheduler._request_dispatcher._mapping[Delivery] = functools.partial(self.fuse.run, self._handle, is_vital=True)
         path = self._launch.draft
         in_service = StageVersion(self._launch.version, path, digest(path))
-        swapper = self._swapper = Swapper(scheduler, read_shapes(Path(path)), in_service, _agree)
+        place = next(scheduler.draft_worker._draft_worker.draft_runner.model.parameters()).device
+        device = build_device(place, scheduler.forward_stream if scheduler.enable_overlap else None)
+        reserve_bytes = self._capture.device_reserve_bytes
+        swapper = self._swapper = Swapper(scheduler, device, read_shapes(Path(path)), in_service, reserve_bytes, _agree)
         self._depth = Depth(scheduler.draft_worker, self._launch.depth_refused)
         if get_parallel().tp_rank != 0:
             return
-        self._sender = SampleSender(
-            self._paths.samples_endpoint, self._config.capture.queue_bytes, lambda: swapper.incumbent
-        )
+        capture = self._capture
+        self._sender = SampleSender(self._paths.samples_endpoint, capture.queue_bytes, lambda: swapper.incumbent)
         self._meter = Meter(self._sender.counters, self._sender.offer, bool(scheduler.enable_overlap))
         if not self._launch.capture_refused:
+            ring = Ring(device.pinned((capture.ring_bytes,), torch.uint8))
+            logits_1V = torch.zeros(1, int(scheduler.model_config.vocab_size), device=place)
+            teacher_of(logits_1V, capture.teacher_top_k)  # compiles a GPU's kernel now, not under the first request
             self._tap = Tap(
                 self._sender,
                 RequestBook(self._is_greedy()),
-                self._config.capture.teacher_top_k,
+                self.carrier,
+                RowCopier(device, ring, capture.teacher_top_k, is_float8=capture.row_dtype == "float8"),
                 lambda: swapper.version,
                 self.fuse.run,
             )
-            self._tap.is_enabled = self._config.capture.enabled
+            self._tap.is_enabled = capture.enabled
         ControlServer(self._paths.control_endpoint, self._answer)
 
     def around_forward(self, original: Any, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -109,12 +121,19 @@ class Runtime:
         result = original(worker, batch, *args, **kwargs)
         if tap is not None and layout is not None:
             self.fuse.run(tap.after, result, layout)
-        if step is not None:
-            self.fuse.run(self._follow, result, step)
+        if step is not None and self._meter is not None:
+            self.fuse.run(self.carrier.attach, result, StepRider(self._meter, step, self.fuse.run))
         return result
+
+    def after_verify(self, result: Any, *_args: Any, **_kwargs: Any) -> None:
+        """The target has verified and the draft has not yet run again."""
+        if self._tap is not None:
+            self.fuse.run(self._tap.after_verify, result)
 
     def _before_forward(self, batch: Any) -> Step | None:
         """Change the draft where a switchback is due, before the tap notes who drafts. The step; None elsewhere."""
+        if self._swapper is not None:
+            self._swapper.checks.poll()
         mode = batch.forward_mode
         if mode.is_extend() or mode.is_idle() or not batch.reqs:
             if self._meter is not None:
@@ -129,12 +148,6 @@ class Runtime:
         if self._meter is None or self._depth is None:
             return None
         return self._meter.begin(self._depth.num_steps, len(batch.reqs), turn)
-
-    def _follow(self, result: Any, step: Step) -> None:
-        assert self._meter is not None
-        output = result.logits_output
-        commit = StepCommit(self._meter, step, self.fuse.run)
-        output.auxiliary_device_output = append_auxiliary_output(output.auxiliary_device_output, commit)
 
     def around_update_weights(self, original: Any, updater: Any, *args: Any, **kwargs: Any) -> Any:
         """Others write weights: the target's evidence is void then. The draft's are ours and are left as they are:
@@ -194,8 +207,6 @@ class Runtime:
                 swapper.begin_stage(order)
             case ApplyVersion():
                 swapper.apply(order)
-            case StageSwitchback(candidate):
-                swapper.begin_stage(candidate, swapper.in_service)
             case StartSwitchback():
                 swapper.check_staged(order.version)
                 self._switchback = Switchback(order, swapper)
@@ -274,6 +285,7 @@ class Runtime:
         swapper.wait_staged()
         self._orders.send(ApplyVersion(request.version))
         assert swapper.version == request.version, (swapper.version, request.version)
+        swapper.checks.wait()
         return swapper.last_duration_s
 
     def _start_switchback(self, request: StartSwitchback) -> None:
@@ -288,7 +300,7 @@ class Runtime:
             raise SwapError(f"version {request.version} is in service; a switchback wants another one")
         if self._depth is not None and self._depth.num_steps == 0:
             raise SwapError("nothing is drafted at depth 0; raise the depth before a switchback")
-        self._orders.send(StageSwitchback(StageVersion(request.version, request.path, request.digest)))
+        self._orders.send(StageVersion(request.version, request.path, request.digest))
         swapper.wait_staged()
         self._orders.send(request)
 

@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import tomllib
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +98,12 @@ def fingerprint_of(source: str, symbol: str) -> str | None:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def found_fingerprint(site: Site, root: Path | zipfile.Path) -> str | None:
+    """Of the site's source below an sglang package, unpacked or in a wheel; None where it is not there."""
+    file = root / site.file
+    return fingerprint_of(file.read_text(encoding="utf-8"), site.symbol) if file.is_file() else None
+
+
 def check_sites(version: str | None = None, root: Path | None = None) -> list[Site]:
     """Check every site's source against its fingerprint, importing nothing of SGLang.
 
@@ -105,10 +112,9 @@ def check_sites(version: str | None = None, root: Path | None = None) -> list[Si
     """
     version = version or installed_sglang()
     sites = load_sites(version)
-    root = root or _sglang_root()
+    root = root or sglang_root()
     for site in sites:
-        file = root / site.file
-        found = fingerprint_of(file.read_text(), site.symbol) if file.is_file() else None
+        found = found_fingerprint(site, root)
         if found is None:
             raise SiteError(f"site {site.name}: {site.symbol} is not in {site.file} of SGLang {version}")
         if found != site.fingerprint:
@@ -119,13 +125,9 @@ def check_sites(version: str | None = None, root: Path | None = None) -> list[Si
     return sites
 
 
-def _sglang_root() -> Path:
+def sglang_root() -> Path:
+    """The installed package's directory. Raises: SiteError where there is none."""
     spec = importlib.util.find_spec("sglang")
     if spec is None or not spec.submodule_search_locations:
         raise SiteError("the package sglang has no directory; reinstall it")
     return Path(spec.submodule_search_locations[0])
-
-
-if __name__ == "__main__":
-    for _site in load_sites(installed_sglang()):
-        print(_site.name, fingerprint_of((_sglang_root() / _site.file).read_text(), _site.symbol))

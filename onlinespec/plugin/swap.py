@@ -1,16 +1,15 @@
 """The swap: other weights into the draft's own storage, between two scheduler iterations.
 
-A version is staged first (read, checked, moved to the draft's device) off the scheduler's thread. The swap
-itself is a copy into the same tensors on the stream that forwards run on, so it is ordered between two of
-them, CUDA graphs stay valid and nothing is drained. Names are allow-listed by what the draft was started
-with: `embed_tokens` is the target's own parameter, and a payload that carried it would change its answers.
+A version is staged first (read, checked, brought to the draft's device) off the scheduler's thread. The swap
+itself is one batched copy into the same tensors on the stream that forwards run on, so it is ordered between two
+of them, CUDA graphs stay valid and nothing is drained. It waits on the device for the staging, never on the
+scheduler's thread. Names are allow-listed by what the draft was started with: `embed_tokens` is the target's own
+parameter, and a payload that carried it would change its answers.
 """
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,9 @@ from safetensors.torch import load
 from onlinespec.draft.checkpoint import unsound_reason
 from onlinespec.draft.header import MAP_NAMES, WEIGHTS_FILE, digest_of_bytes
 from onlinespec.errors import SwapError
+from onlinespec.plugin.checksum import TableChecks
+from onlinespec.plugin.device import Device
+from onlinespec.plugin.weights import Slot, Weights
 
 
 class StageVersion(msgspec.Struct, frozen=True):
@@ -36,14 +38,6 @@ class ApplyVersion(msgspec.Struct, frozen=True):
     """To every rank, at the same iteration: put it in service."""
 
     version: int
-
-
-@dataclass(frozen=True)
-class Staged:
-    """A version's weights on the draft's device, checked."""
-
-    request: StageVersion
-    weights: dict[str, torch.Tensor]
 
 
 def read_version(
@@ -71,17 +65,20 @@ def read_version(
 
 
 class Swapper:
-    """Holds the draft of one rank. `stage` runs anywhere, `put` and `apply` on the scheduler's thread only.
+    """Holds the draft of one rank. Staging runs anywhere, `put` and `apply` on the scheduler's thread only.
 
     shapes: canonical name -> shape of the draft this server was started with. in_service: that draft.
-    agree: whether a statement holds on every rank; a collective on the scheduler's threads.
+    reserve_bytes: see `Weights`. agree: whether a statement holds on every rank; a collective on the scheduler's
+    threads.
     """
 
     def __init__(
         self,
         scheduler: Any,
+        device: Device,
         shapes: dict[str, tuple[int, ...]],
         in_service: StageVersion,
+        reserve_bytes: int,
         agree: Callable[[bool], bool] = bool,
     ):
         self.version = in_service.version
@@ -90,10 +87,16 @@ class Swapper:
         """the version last swapped in, or started with"""
         self.num_swaps = 0
         self.last_duration_s = 0.0
+        """seconds of the scheduler's thread; on a GPU the copy itself goes on behind it"""
         self._scheduler = scheduler
+        self._device = device
         self._shapes = shapes
         self._agree = agree
-        self._staged: dict[int, Staged] = {}
+        self.weights = Weights(self.model, scheduler.tp_worker.model_runner.model, device, reserve_bytes)
+        self.checks = TableChecks(self.model.model.embed_tokens.weight, device)
+        self._incumbent: Slot = self.weights.slots[0]
+        self._incumbent.holds = in_service
+        self._staged: Slot | None = None
         self._staging: threading.Thread | None = None
         self._error: SwapError | None = None
 
@@ -106,19 +109,6 @@ class Swapper:
         """SGLang 0.5.23 models/llama_eagle3.py LlamaForCausalLMEagle3."""
         return self._scheduler.draft_worker._draft_worker.draft_runner.model
 
-    def stage(self, request: StageVersion) -> Staged:
-        """Read and check a version and move it to the device. Raises: SwapError, see `read_version`."""
-        weights = read_version(request.path, request.digest, self._shapes, self._maps())
-        parameter = next(self.model.parameters())
-        moved = {
-            name: tensor.to(parameter.device, parameter.dtype)
-            for name, tensor in weights.items()
-            if name not in MAP_NAMES
-        }
-        if parameter.is_cuda:
-            torch.cuda.current_stream(parameter.device).synchronize()
-        return Staged(request, moved)
-
     def _maps(self) -> dict[str, torch.Tensor]:
         """The vocabulary map as SGLang read it at start; of `t2d` it keeps nothing."""
         if "d2t" not in self._shapes:
@@ -126,20 +116,34 @@ class Swapper:
         ids_W = self.model.hot_token_id.cpu()
         return {"d2t": ids_W - torch.arange(len(ids_W))}
 
-    def begin_stage(self, *requests: StageVersion) -> None:
-        """Stage in a thread, in place of what was staged before; its error waits for `wait_staged`."""
-        staged: dict[int, Staged] = {}
-        self._staged, self._error = staged, None
+    def begin_stage(self, request: StageVersion) -> None:
+        """Stage in a thread, in place of what was staged before; its error waits for `wait_staged`.
 
-        def read() -> None:
-            try:
-                for request in requests:
-                    staged[request.version] = self.stage(request)
-            except SwapError as error:
-                self._error = error
-
-        self._staging = threading.Thread(target=read, name="onlinespec-stage", daemon=True)
+        What a slot holds already, the predecessor most of all, is staged at once and read from nowhere.
+        """
+        before = self._staging
+        self._staging = threading.Thread(
+            target=self._stage, args=(request, before), name="onlinespec-stage", daemon=True
+        )
         self._staging.start()
+
+    def _stage(self, request: StageVersion, before: threading.Thread | None) -> None:
+        if before is not None:
+            before.join()  # of a version that another rank refused: it may still be writing
+        self._error = None
+        self._staged = next((slot for slot in self.weights.slots if _is_same(slot.holds, request)), None)
+        if self._staged is not None:
+            return
+        slot = next(slot for slot in self.weights.slots if slot is not self._incumbent)
+        try:
+            weights = read_version(request.path, request.digest, self._shapes, self._maps())
+        except SwapError as error:
+            self._error = error
+            return
+        for name in MAP_NAMES:
+            weights.pop(name, None)
+        self.weights.fill(slot, weights, request)
+        self._staged = slot
 
     def wait_staged(self) -> None:
         """Raises: SwapError where staging failed on this rank."""
@@ -153,12 +157,12 @@ class Swapper:
         refusal: SwapError | None = None
         try:
             self.wait_staged()
-            if version not in self._staged:
+            if self._staged is None or self._staged.holds.version != version:
                 refusal = SwapError(f"version {version} is not staged; nothing was swapped")
         except SwapError as error:
             refusal = error
         if not self._agree(refusal is None):
-            self._staged = {}
+            self._staged = None
             raise refusal or SwapError(
                 f"another rank could not stage version {version}, its log says why; nothing was swapped"
             )
@@ -166,38 +170,35 @@ class Swapper:
     def apply(self, request: ApplyVersion) -> None:
         """Make the staged version the incumbent. Raises: SwapError where a rank has it not staged."""
         self.check_staged(request.version)
+        assert self._staged is not None
         began_s = time.perf_counter()
-        staged = self._staged[request.version]
-        is_target_unchanged = self._copy(staged)
-        self.version, self.in_service = request.version, staged.request
+        staged = self._staged
+        self._install(staged)
+        self.version, self.in_service = request.version, staged.holds
         self.num_swaps += 1
-        self._staged = {}
+        self._incumbent, self._staged = staged, None
         self.last_duration_s = time.perf_counter() - began_s
-        if not is_target_unchanged:
-            raise _target_changed(request.version)
 
     def put(self, version: int) -> None:
-        """Let a staged version draft; it stays staged, and the incumbent the incumbent."""
+        """Let the staged version or the incumbent draft; the incumbent stays the incumbent. Raises: SwapError."""
         self.version = version  # first: a copy that breaks off must not pass for what it overwrote
-        if not self._copy(self._staged[version]):
-            raise _target_changed(version)
+        slot = self._incumbent if version == self.incumbent else self._staged
+        if slot is None:
+            raise SwapError(f"version {version} is not resident; the draft stays what it is")
+        self._install(slot)
 
     def drop_residents(self) -> None:
-        """Free what is staged."""
-        self._staged = {}
+        """Nothing is staged any more."""
+        self._staged = None
 
-    def _copy(self, staged: Staged) -> bool:
-        """Into the draft's storage, ordered between two forwards. False where the target's table is another then."""
-        is_cuda = next(self.model.parameters()).is_cuda
-        with torch.cuda.stream(self._scheduler.forward_stream) if is_cuda else contextlib.nullcontext():
-            before = self._shared_checksum()
-            self.model.load_weights(list(staged.weights.items()))
-            return before == self._shared_checksum()
-
-    def _shared_checksum(self) -> float:
-        """Of the embedding table, which the draft shares with the target."""
-        return float(self.model.model.embed_tokens.weight.detach().sum(dtype=torch.float64))
+    def _install(self, slot: Slot) -> None:
+        """Into the draft's storage, ordered between two forwards; `checks` tells whether the target's table was hit."""
+        with self._device.forwards():
+            before = self.checks.sum()
+            self.weights.install(slot)
+            self.checks.expect_same(slot.holds.version, before)
 
 
-def _target_changed(version: int) -> SwapError:
-    return SwapError(f"version {version} changed the target's embedding table; restart the server now")
+def _is_same(held: StageVersion | None, request: StageVersion) -> bool:
+    """The path does not matter: bytes are what their digest says."""
+    return held is not None and (held.version, held.digest) == (request.version, request.digest)

@@ -1,135 +1,82 @@
-"""The tap: rows of committed tokens ride SGLang's auxiliary output from the forward pass to the commit.
+"""The tap: rows of committed tokens, from the forward pass to the sender.
 
-B requests of the batch, N rows of a pass, A captured layers, D target width, V vocabulary, k teacher top-k.
+B requests of the batch, N rows of a pass, A captured layers, D target width, V vocabulary.
 
-On the device only what leaves it is made: top-k and logsumexp of the logits, a clone of the captured states
-where CUDA graphs own them. SGLang copies them on its own stream; the commit says which rows are kept.
+It takes rows where SGLang has just made them: those of a prefill before the sampler overwrites its logits, those
+of a verify step before the draft runs again, whose CUDA graphs share their memory with the target's. The commit
+says which are kept (`commits`); what waits and copies is in `rows`.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from sglang.srt.managers.auxiliary_output import append_auxiliary_output
 
+from onlinespec.plugin.commits import Carrier, Commit
 from onlinespec.plugin.requests import RequestBook, prefill_pass, verify_pass
-from onlinespec.wire.frames import header_of
+from onlinespec.plugin.rows import PassRows, RowCopier
 from onlinespec.wire.messages import Rows
 from onlinespec.wire.sockets import SampleSender
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """Target logits of M rows: ids and logits [M, k], lse [M], at temperature 1."""
-
-    ids_Mk: torch.Tensor
-    logits_Mk: torch.Tensor
-    lse_M: torch.Tensor
-
-    def map(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> "Teacher":
-        return Teacher(copy(self.ids_Mk), copy(self.logits_Mk), copy(self.lse_M))
-
-
-def teacher_of(logits_MV: torch.Tensor, k: int) -> Teacher:
-    """Top-k logits and logsumexp in float32. Shapes: logits_MV [M, V], left as it is."""
-    logits = logits_MV.float()
-    values, ids = torch.topk(logits, min(k, logits.shape[1]), dim=1)
-    return Teacher(ids.to(torch.int32), values, torch.logsumexp(logits, dim=1))
-
-
-@dataclass(frozen=True)
 class Layout:
-    """What the host knew when the pass was launched. width 0: a prefill with its prefix and extend lengths.
-    drafted_by: see `verify_pass`, aligned with the batch."""
+    """What the host knew when the pass was launched. drafted_by: see `verify_pass`, aligned with the batch; None for
+    a prefill, which has its prefix and extend lengths. is_wanted: some request of it is captured."""
 
-    width: int
+    is_wanted: bool
+    drafted_by: Sequence[tuple[int, int]] | None = None
     prefix_lens: Sequence[int] = ()
     extend_lens: Sequence[int] = ()
-    drafted_by: Sequence[tuple[int, int]] = ()
 
 
 @dataclass(frozen=True)
-class DeviceRows:
-    """All rows of one pass, on the device. Source: SGLang 0.5.23 managers/auxiliary_output.py DeviceAuxiliaryOutput."""
+class TapRider:
+    """Waits for the commit. width: rows per request of a verify step. rows: None where the ring was full."""
 
     tap: "Tap"
     layout: Layout
-    aux_NA: torch.Tensor
-    teacher: Teacher
-    accept_lens_B: torch.Tensor | None
+    width: int
+    rows: PassRows | None
 
-    def copy_to_host(self, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> "HostRows | NoRows":
-        return self.tap.guard(self._copy, copy_tensor) or NoRows()
+    def committed(
+        self, reqs: Sequence[Any], commits: Sequence[Commit | None], accept_lens_B: torch.Tensor | None
+    ) -> None:
+        self.tap.guard(self._send, reqs, commits, accept_lens_B, is_last=True)
 
-    def _copy(self, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> "HostRows":
-        accept_lens = None if self.accept_lens_B is None else copy_tensor(self.accept_lens_B)
-        return HostRows(self.tap, self.layout, copy_tensor(self.aux_NA), self.teacher.map(copy_tensor), accept_lens)
-
-
-class NoRows:
-    """Stands where a copy failed or the fuse is open."""
-
-    def consume(self, batch: Any, commits: Sequence[Any]) -> None:
-        """Nothing was taken."""
-
-
-@dataclass(frozen=True)
-class HostRows:
-    """The same on the host. Source: SGLang 0.5.23 managers/auxiliary_output.py HostAuxiliaryOutput."""
-
-    tap: "Tap"
-    layout: Layout
-    aux_NA: torch.Tensor
-    teacher: Teacher
-    accept_lens_B: torch.Tensor | None
-
-    def consume(self, batch: Any, commits: Sequence[Any]) -> None:
-        """Called by SGLang once the pass's tokens are committed, before they are streamed."""
-        self.tap.guard(self._send, batch.reqs, commits, is_last=True)
-
-    def _send(self, reqs: Sequence[Any], commits: Sequence[Any]) -> None:
+    def _send(self, reqs: Sequence[Any], commits: Sequence[Commit | None], accept_lens_B: torch.Tensor | None) -> None:
         tap, layout = self.tap, self.layout
-        if layout.width:
-            assert self.accept_lens_B is not None
-            kept = verify_pass(tap.book, reqs, commits, self.accept_lens_B.tolist(), layout.width, layout.drafted_by)
-        else:
+        if layout.drafted_by is None:
             kept, started = prefill_pass(tap.book, reqs, commits, layout.prefix_lens, layout.extend_lens)
             for message in started:
                 tap.sender.offer(message)
-        if kept.segments:
-            arrays = self._gather(kept.rows, kept.teacher_rows)
-            headers = [header_of(array, dtype) for array, dtype in arrays]
-            tap.sender.offer(Rows(kept.segments, headers), [array for array, _ in arrays], len(kept.rows))
+        else:
+            assert accept_lens_B is not None
+            kept = verify_pass(tap.book, reqs, commits, accept_lens_B.tolist(), self.width, layout.drafted_by)
+        if kept.segments and self.rows is None:
+            tap.sender.counters["ring_full"] += 1
+            tap.sender.drop(len(kept.rows), 0)
+        elif kept.segments and self.rows is not None:
+            frames = self.rows.keep(kept.rows, kept.teacher_rows, tap.guard)
+            tap.sender.offer(Rows(kept.segments, frames.headers), frames, len(kept.rows))
         for ended in tap.book.ended():
             tap.sender.offer(ended)
-
-    def _gather(self, rows: list[int], teacher_rows: list[int]) -> list[tuple[np.ndarray, str | None]]:
-        teacher = self.teacher.map(lambda tensor: tensor[teacher_rows])
-        aux = self.aux_NA[rows]
-        is_bfloat16 = aux.dtype == torch.bfloat16
-        array = (aux.view(torch.uint16) if is_bfloat16 else aux).numpy()
-        return [
-            (array, "bfloat16" if is_bfloat16 else None),
-            (teacher.ids_Mk.numpy(), None),
-            (teacher.logits_Mk.numpy(), None),
-            (teacher.lse_M.numpy(), None),
-        ]
 
 
 class Tap:
     """Takes rows out of forward passes; everything runs inside the fuse that `guard` is.
 
-    `before` and `after` bracket `forward_batch_generation`; `before_sampler` reads prefill logits before
-    the sampler overwrites them.
+    `before` and `after` bracket `forward_batch_generation`; in between, `before_sampler` of a prefill or
+    `after_verify` of a decode step take the rows.
     """
 
     def __init__(
         self,
         sender: SampleSender,
         book: RequestBook,
-        teacher_top_k: int,
+        carrier: Carrier,
+        copier: RowCopier,
         version: Callable[[], int],
         guard: Callable[..., Any],
     ):
@@ -137,15 +84,17 @@ class Tap:
         self.book = book
         self.guard = guard
         self.is_enabled = True
-        self._teacher_top_k = teacher_top_k
+        self._carrier = carrier
+        self._copier = copier
         self._version = version
-        self._prefill_teacher: Teacher | None = None
-        self._is_prefill = False
+        self._layout: Layout | None = None
+        """of the pass under way"""
+        self._is_taken = False
+        self._rows: PassRows | None = None
 
     def before(self, batch: Any) -> Layout | None:
         """Note what the pass will overwrite. None where there is nothing to take."""
-        self._prefill_teacher = None
-        self._is_prefill = False
+        self._layout, self._is_taken, self._rows = None, False, None
         if not batch.reqs or batch.forward_mode.is_idle():
             return None
         states = [self.book.state_of(req) for req in batch.reqs]
@@ -155,25 +104,32 @@ class Tap:
             state.drafted_by = version
         if not self.is_enabled:
             return None
+        is_wanted = any(state.is_captured for state in states)
         if batch.forward_mode.is_extend():
-            self._is_prefill = True
-            return Layout(0, list(batch.prefix_lens), list(batch.extend_lens))
-        return Layout(1, drafted_by=[(first, version) for first in first_by])
+            self._layout = Layout(is_wanted, None, list(batch.prefix_lens), list(batch.extend_lens))
+        else:
+            self._layout = Layout(is_wanted, [(first, version) for first in first_by])
+        return self._layout
 
     def before_sampler(self, logits_output: Any) -> None:
-        if self._is_prefill and self._prefill_teacher is None:
-            self._prefill_teacher = teacher_of(logits_output.next_token_logits, self._teacher_top_k)
+        """Also called for other samplers than a prefill's, and then not ours to read."""
+        if self._layout is not None and self._layout.drafted_by is None:
+            self._take(logits_output)
+
+    def after_verify(self, result: Any) -> None:
+        if self._layout is not None and self._layout.drafted_by is not None:
+            self._take(result.logits_output)
+
+    def _take(self, output: Any) -> None:
+        """The first in a pass is the target's."""
+        assert self._layout is not None
+        if not self._is_taken and self._layout.is_wanted:
+            self._rows = self._copier.take(output.hidden_states, output.next_token_logits)
+        self._is_taken = True
 
     def after(self, result: Any, layout: Layout) -> None:
         """Attach the pass's rows to its result."""
-        output = result.logits_output
-        aux = output.hidden_states
-        teacher = self._prefill_teacher
-        if layout.width:
-            layout = Layout(int(result.speculative_num_draft_tokens), drafted_by=layout.drafted_by)
-            teacher = teacher_of(output.next_token_logits, self._teacher_top_k)
-        assert teacher is not None, "prefill logits never reached the sampler"
-        if aux.is_cuda:
-            aux = aux.clone()
-        rows = DeviceRows(self, layout, aux, teacher, result.accept_lens if layout.width else None)
-        output.auxiliary_device_output = append_auxiliary_output(output.auxiliary_device_output, rows)
+        rows, self._layout, self._rows = self._rows, None, None
+        assert self._is_taken, "the pass's logits reached neither the sampler nor the end of a verify step"
+        width = 0 if layout.drafted_by is None else int(result.speculative_num_draft_tokens)
+        self._carrier.attach(result, TapRider(self, layout, width, rows))

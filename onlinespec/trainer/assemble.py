@@ -22,6 +22,9 @@ from onlinespec.trainer.prefix import PrefixRows
 from onlinespec.wire.frames import FrameHeader, arrays_of
 from onlinespec.wire.messages import RequestEnded, RequestStarted, Rows, Segment
 
+_FLOAT8 = "float8_e4m3fn"
+_BIT_PATTERNS = ("bfloat16", _FLOAT8)
+
 
 @dataclass
 class _Open:
@@ -39,7 +42,7 @@ class _Open:
 
 def _copy_of(header: FrameHeader, rows: np.ndarray) -> torch.Tensor:
     tensor = torch.from_numpy(rows.copy())
-    return tensor.view(torch.bfloat16) if header.dtype == "bfloat16" else tensor
+    return tensor.view(getattr(torch, header.dtype)) if header.dtype in _BIT_PATTERNS else tensor
 
 
 def _is_finite(aux_nA: torch.Tensor, _ids: torch.Tensor, logits_mk: torch.Tensor, lse_m: torch.Tensor) -> bool:
@@ -71,15 +74,20 @@ class Assembler:
         num_teacher = sum(segment.num_teacher_rows for segment in message.segments)
         shapes = [array.shape for array in arrays]
         leading = [shape[:1] for shape in shapes]
-        if leading != [(num_rows,), *[(num_teacher,)] * 3] or [len(shape) for shape in shapes] != [2, 2, 2, 1]:
+        has_scales = message.frames[0].dtype == _FLOAT8 if message.frames else False
+        wanted = [(num_rows,), *[(num_teacher,)] * 3, *[(num_rows,)] * has_scales]
+        if leading != wanted or [len(shape) for shape in shapes] != [2, 2, 2, 1, *[1] * has_scales]:
             raise WireError(f"frames {shapes} came with {num_rows} rows, {num_teacher} of them with a teacher")
         row = teacher_row = 0
         for segment in message.segments:
             if segment.request in self._open:
                 teacher = slice(teacher_row, teacher_row + segment.num_teacher_rows)
-                slices = [slice(row, row + segment.num_rows), teacher, teacher, teacher]
-                copies = zip(message.frames, arrays, slices, strict=True)
-                self._segment(segment, *(_copy_of(header, array[rows]) for header, array, rows in copies))
+                aux = slice(row, row + segment.num_rows)
+                parts = zip(message.frames, arrays, [aux, teacher, teacher, teacher, aux][: len(arrays)], strict=True)
+                aux_nA, *others = (_copy_of(header, array[rows]) for header, array, rows in parts)
+                if has_scales:  # powers of two: exact in bfloat16
+                    aux_nA = aux_nA.bfloat16() * others.pop().bfloat16()[:, None]
+                self._segment(segment, aux_nA, *others)
             else:
                 self.counters["segments_without_start"] += 1
             row += segment.num_rows

@@ -1,6 +1,6 @@
 """Tensor <-> header + raw bytes, without a copy on either side.
 
-bfloat16 has no numpy name, so it travels as its uint16 bit pattern under the dtype name "bfloat16".
+bfloat16 and float8_e4m3fn have no numpy name, so they travel as uint16 and uint8 bit patterns under their own.
 """
 
 import math
@@ -15,6 +15,7 @@ _NUMPY = {
     "float32": np.float32,
     "float16": np.float16,
     "bfloat16": np.uint16,
+    "float8_e4m3fn": np.uint8,
     "int32": np.int32,
     "int64": np.int64,
     "uint8": np.uint8,
@@ -32,12 +33,12 @@ class FrameHeader(msgspec.Struct, array_like=True, frozen=True):
 
 
 def header_of(array: np.ndarray, dtype: str | None = None) -> FrameHeader:
-    """Header of an array; `dtype` overrides the name where the bits mean something else (bfloat16)."""
+    """Header of an array; `dtype` overrides the name where the bits mean something else (bfloat16, float8)."""
     return FrameHeader(dtype or array.dtype.name, list(array.shape))
 
 
 def array_of(header: FrameHeader, data: bytes | memoryview) -> np.ndarray:
-    """Read-only view of a frame as an array of the header's shape; bfloat16 comes as uint16.
+    """Read-only view of a frame as an array of the header's shape; bfloat16 comes as uint16, float8 as uint8.
 
     Raises: WireError where the dtype is unknown or the byte count is not the shape's.
     """

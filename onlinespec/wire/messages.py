@@ -89,7 +89,8 @@ class Rows(msgspec.Struct, tag=True, frozen=True):
     """The committed rows of one forward pass, request after request.
 
     Frames, in order: aux [N, A*D]; teacher_ids int32 [M, k]; teacher_logits float32 [M, k];
-    teacher_lse float32 [M], where N sums num_rows and M num_teacher_rows over the segments.
+    teacher_lse float32 [M], where N sums num_rows and M num_teacher_rows over the segments. Where aux is
+    float8_e4m3fn, its scales follow: float32 [N], powers of two, and a row is aux times its scale.
     """
 
     segments: list[Segment]

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import zmq
@@ -47,6 +47,15 @@ def check_endpoint(endpoint: str) -> None:
         )
 
 
+class LateFrames(Protocol):
+    """Frames that are made on the sender's thread, where waiting for a device costs the server nothing."""
+
+    num_bytes: int
+
+    def __call__(self) -> Sequence[Any] | None:
+        """None where they cannot be made: the message is dropped."""
+
+
 class SampleSender:
     """Server side of the samples stream.
 
@@ -58,7 +67,7 @@ class SampleSender:
         self.counters: Counter[str] = Counter()
         self._budget_bytes = budget_bytes
         self._version = version
-        self._queue: deque[tuple[list[Any], int]] = deque()
+        self._queue: deque[tuple[bytes, Sequence[Any] | LateFrames, int]] = deque()
         self._queued_bytes = 0
         self._lock = threading.Lock()
         self._wake = threading.Event()
@@ -70,33 +79,43 @@ class SampleSender:
         self._socket.bind(endpoint)
         threading.Thread(target=self._run, name="onlinespec-samples", daemon=True).start()
 
-    def offer(self, message: msgspec.Struct, frames: Sequence[Any] = (), num_rows: int = 0) -> bool:
+    def offer(self, message: msgspec.Struct, frames: Sequence[Any] | LateFrames = (), num_rows: int = 0) -> bool:
         """Queue one message with its frames (C-contiguous buffers); False where the budget dropped it."""
         head = encode(message)
-        num_bytes = len(head) + sum(memoryview(frame).nbytes for frame in frames)
+        if callable(frames):
+            num_bytes = len(head) + frames.num_bytes
+        else:
+            num_bytes = len(head) + sum(memoryview(frame).nbytes for frame in frames)
         with self._lock:
             fits = self._queued_bytes + num_bytes <= self._budget_bytes
             if fits:
-                self._queue.append(([head, *frames], num_bytes))
+                self._queue.append((head, frames, num_bytes))
                 self._queued_bytes += num_bytes
         if fits:
             self.counters["rows"] += num_rows
             self.counters["bytes"] += num_bytes
             self._wake.set()
         else:
-            self.counters["dropped_messages"] += 1
-            self.counters["dropped_rows"] += num_rows
-            self.counters["dropped_bytes"] += num_bytes
+            self.drop(num_rows, num_bytes)
         return fits
+
+    def drop(self, num_rows: int, num_bytes: int) -> None:
+        """Count a message that is not sent."""
+        self.counters["dropped_messages"] += 1
+        self.counters["dropped_rows"] += num_rows
+        self.counters["dropped_bytes"] += num_bytes
 
     def _run(self) -> None:
         while True:
             self._wake.wait(_HEARTBEAT_S)
             self._wake.clear()
             while self._queue:
-                parts, num_bytes = self._queue[0]
-                if not self._send(parts):
-                    continue
+                head, frames, num_bytes = self._queue[0]
+                made = frames() if callable(frames) else frames
+                while made is not None and not self._send([head, *made]):
+                    pass
+                if made is None:
+                    self.drop(0, num_bytes)
                 with self._lock:
                     self._queue.popleft()
                     self._queued_bytes -= num_bytes

@@ -1,5 +1,7 @@
 """Hook sites: the installed SGLang passes, and any other is refused by the site's name."""
 
+import os
+import re
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -7,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from onlinespec.doctor import site_lines
 from onlinespec.errors import SiteError
 from onlinespec.plugin.sites import check_sites, fingerprint_of, installed_sglang, known_versions, load_sites
 
 VERSION = installed_sglang()
+WHEELS = "ONLINESPEC_SGLANG_WHEELS"
+"""a directory with published wheels"""
 SGLANG = Path(next(iter(find_spec("sglang").submodule_search_locations)))
 SOURCE = '''
 def before():
@@ -61,10 +66,24 @@ def test_the_installed_sglang_passes():
     assert all(site.why for site in checked)
 
 
-def test_a_target_is_declared_for_each_hook_and_ends_in_its_symbol():
-    for site in load_sites(VERSION):
-        assert bool(site.target) == (site.hook != "none"), site.name
-        assert not site.target or site.target.endswith(f".{site.symbol}"), site.name
+@pytest.mark.parametrize("version", known_versions())
+def test_a_target_is_declared_for_each_hook_and_ends_in_its_symbol(version: str):
+    for site in load_sites(version):
+        module = "sglang." + site.file.removesuffix(".py").replace("/", ".")
+        assert site.target == (f"{module}.{site.symbol}" if site.hook != "none" else ""), site.name
+        assert re.fullmatch("[0-9a-f]{16}", site.fingerprint), site.name
+
+
+@pytest.mark.parametrize("version", known_versions())
+def test_every_site_of_a_supported_version_is_in_its_published_wheel(version: str):
+    wheels = sorted(Path(os.environ.get(WHEELS, "/nonexistent")).glob(f"sglang-{version}-*.whl"))
+    if version != VERSION and not wheels:
+        pytest.skip(f"{WHEELS} holds no wheel of sglang {version} (pip download --no-deps); its form alone is checked")
+
+    lines, is_fine = site_lines(str(wheels[-1]) if wheels else "")
+
+    assert is_fine, "\n".join(lines)
+    assert f"({version}) against the sites of {version}: all resolve" in lines[0]
 
 
 def test_an_unknown_version_is_refused_with_those_that_are_known():

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from onlinespec.draft.header import digest
 from onlinespec.errors import SwapError
 from onlinespec.plugin.swap import ApplyVersion, StageVersion, Swapper, read_version
+from tests.plugin.late import LateDevice
 
 WEIGHTS = {"fc.weight": torch.arange(6.0).reshape(2, 3), "norm.weight": torch.ones(3), "d2t": torch.arange(2)}
 SHAPES = {name: tuple(tensor.shape) for name, tensor in WEIGHTS.items()}
@@ -84,40 +85,169 @@ def test_a_value_that_is_not_finite_is_refused_by_the_name_of_its_tensor(publish
 
 
 class Model(torch.nn.Module):
-    """A draft of SGLang's, as far as a swap goes: own weights, and a table that is the target's."""
+    """A draft of SGLang's, as far as a swap goes: fused own weights, and a table that is the target's."""
 
-    def __init__(self) -> None:
+    def __init__(self, table: torch.nn.Parameter) -> None:
         super().__init__()
         self.model = torch.nn.Module()
-        self.model.embed_tokens = torch.nn.Embedding.from_pretrained(torch.ones(4, 2))
-        self.fc = torch.nn.Linear(3, 2, bias=False)
-        torch.nn.init.zeros_(self.fc.weight)
+        self.model.embed_tokens = torch.nn.Embedding(4, 2, _weight=table)
+        self.model.embed_tokens.weight = table
+        self.fused = torch.nn.Parameter(torch.full((3, 3), 7.0))
+        self.unsaved = torch.nn.Parameter(torch.full((2,), 5.0))
+        self.fused.weight_loader = self.load_shard
         self.hot_token_id = WEIGHTS["d2t"] + torch.arange(2)
-        self.is_smuggling = False
+
+    @staticmethod
+    def load_shard(parameter: torch.nn.Parameter, loaded: torch.Tensor) -> None:
+        """As SGLang's fused layers: fc in rows 0 and 1, norm in row 2."""
+        parameter.data[2 if loaded.dim() == 1 else slice(0, 2)].copy_(loaded)
 
     def load_weights(self, pairs) -> None:
-        self.fc.weight.data.copy_(dict(pairs)["fc.weight"])
-        if self.is_smuggling:
-            self.model.embed_tokens.weight.data.add_(1)
+        parameters = dict(self.named_parameters())
+        for name, tensor in pairs:
+            if name == "embed_tokens.weight":
+                parameters["model.embed_tokens.weight"].data.copy_(tensor)
+            else:
+                parameters["fused"].weight_loader(parameters["fused"], tensor)
+
+
+FUSED = torch.cat([WEIGHTS["fc.weight"], WEIGHTS["norm.weight"][None]])
+
+
+def build_swapper(device: LateDevice, reserve_bytes: int = 0) -> Swapper:
+    target = torch.nn.Embedding.from_pretrained(torch.ones(4, 2))
+    runner = SimpleNamespace(model=Model(target.weight))
+    scheduler = SimpleNamespace(
+        draft_worker=SimpleNamespace(_draft_worker=SimpleNamespace(draft_runner=runner)),
+        tp_worker=SimpleNamespace(model_runner=SimpleNamespace(model=target)),
+    )
+    return Swapper(scheduler, device, SHAPES, StageVersion(1, "first", "0" * 64), reserve_bytes)
 
 
 @pytest.fixture
-def swapper() -> Swapper:
-    runner = SimpleNamespace(model=Model())
-    scheduler = SimpleNamespace(draft_worker=SimpleNamespace(_draft_worker=SimpleNamespace(draft_runner=runner)))
-    return Swapper(scheduler, SHAPES, StageVersion(1, "first", "0" * 64))
+def device() -> LateDevice:
+    return LateDevice()
 
 
-def test_a_swap_makes_the_staged_version_the_incumbent_and_frees_what_was_staged(publish, swapper: Swapper):
-    path = publish()
-    swapper.begin_stage(StageVersion(7, path, digest(path)))
+@pytest.fixture
+def swapper(device: LateDevice) -> Swapper:
+    return build_swapper(device)
+
+
+def stage(swapper: Swapper, version: int, path: str) -> StageVersion:
+    request = StageVersion(version, path, digest(path))
+    swapper.begin_stage(request)
+    swapper.wait_staged()
+    return request
+
+
+def test_a_swap_makes_the_staged_version_the_incumbent_and_nothing_is_staged_then(publish, swapper: Swapper):
+    stage(swapper, 7, publish())
 
     swapper.apply(ApplyVersion(7))
 
-    assert torch.equal(swapper.model.fc.weight, WEIGHTS["fc.weight"])
+    assert torch.equal(swapper.model.fused, FUSED)
     assert (swapper.version, swapper.incumbent, swapper.num_swaps) == (7, 7, 1)
     with pytest.raises(SwapError, match="version 7 is not staged; nothing was swapped"):
         swapper.apply(ApplyVersion(7))
+
+
+def test_a_swap_waits_on_the_device_for_the_staging_and_not_on_the_schedulers_thread(
+    publish, swapper: Swapper, device: LateDevice
+):
+    stage(swapper, 7, publish())
+    run_before, waits_before = device.num_run, device.num_waits
+
+    swapper.apply(ApplyVersion(7))
+
+    assert (run_before, device.num_waits) == (0, waits_before), "staged, but the copy had not run"
+    assert torch.equal(swapper.model.fused, FUSED)
+
+
+def test_the_copy_is_launched_where_forwards_run_and_into_the_storage_that_graphs_know(
+    publish, swapper: Swapper, device: LateDevice, monkeypatch
+):
+    stage(swapper, 7, publish())
+    address, install, places = swapper.model.fused.data_ptr(), swapper.weights.install, []
+    monkeypatch.setattr(swapper.weights, "install", lambda slot: (places.append(device.is_forward), install(slot)))
+
+    swapper.apply(ApplyVersion(7))
+
+    assert places == [True]
+    assert swapper.model.fused.data_ptr() == address
+
+
+def test_a_tensor_that_no_version_carries_stays_what_it_was(publish, swapper: Swapper):
+    stage(swapper, 7, publish())
+
+    swapper.apply(ApplyVersion(7))
+
+    assert swapper.model.unsaved.tolist() == [5, 5]
+
+
+def test_going_back_to_the_predecessor_reads_nothing(publish, swapper: Swapper):
+    first = StageVersion(1, "this path does not exist", "0" * 64)
+    stage(swapper, 7, publish())
+    swapper.apply(ApplyVersion(7))
+
+    swapper.begin_stage(first)
+    swapper.apply(ApplyVersion(1))
+
+    assert torch.equal(swapper.model.fused, torch.full((3, 3), 7.0))
+    assert (swapper.version, swapper.incumbent) == (1, 1)
+
+
+def test_a_candidate_takes_the_predecessors_slot_only_behind_the_last_copy_out_of_it(
+    publish, swapper: Swapper, device: LateDevice
+):
+    stage(swapper, 7, publish())
+    swapper.put(7)
+    swapper.put(1)
+    slot = next(slot for slot in swapper.weights.slots if slot.holds.version == 7)
+    read = slot.read
+
+    stage(swapper, 8, publish(norm__weight=torch.zeros(3)))
+
+    assert device.afters[-1] is read
+    assert slot.holds.version == 8
+    swapper.put(8)
+    assert swapper.model.fused[2].tolist() == [0, 0, 0]
+
+
+def test_host_memory_is_loaded_again_only_when_what_it_held_has_left(publish, swapper: Swapper, device: LateDevice):
+    stage(swapper, 7, publish())
+    num_run = device.num_run
+
+    stage(swapper, 8, publish(norm__weight=torch.zeros(3)))
+
+    assert (num_run, device.num_run) == (0, 1)
+
+
+def test_a_file_that_is_refused_leaves_the_predecessor_resident(publish, swapper: Swapper):
+    stage(swapper, 7, publish())
+    swapper.apply(ApplyVersion(7))
+    path = publish(norm__weight=None)
+
+    with pytest.raises(SwapError, match="lacks the tensor"):
+        stage(swapper, 8, path)
+
+    assert {slot.holds.version for slot in swapper.weights.slots} == {1, 7}
+
+
+@pytest.mark.parametrize(("free_bytes", "is_on_device"), [(10_000, True), (900, False)])
+def test_a_version_is_resident_on_the_device_where_the_reserve_allows_and_in_pinned_memory_else(
+    publish, free_bytes: int, is_on_device: bool
+):
+    device = LateDevice(free_bytes)
+    swapper = build_swapper(device, reserve_bytes=900)
+    num_bytes = sum(tensor.nbytes for tensor in swapper.weights.own)
+
+    stage(swapper, 7, publish())
+    swapper.apply(ApplyVersion(7))
+
+    assert swapper.weights.num_on_device == 2 * is_on_device
+    assert device.num_pinned_bytes == num_bytes * (1 if is_on_device else 3) + 16, "and a checksum before and after"
+    assert torch.equal(swapper.model.fused, FUSED)
 
 
 @pytest.mark.parametrize(
@@ -134,32 +264,40 @@ def test_another_shape_or_vocabulary_map_is_refused_before_anything_is_staged(pu
     with pytest.raises(SwapError, match=f"{said}; nothing was swapped"):
         swapper.apply(ApplyVersion(7))
 
-    assert not swapper.model.fc.weight.any()
+    assert bool((swapper.model.fused == 7).all())
 
 
 def test_a_version_on_trial_drafts_while_the_incumbent_stays_the_incumbent(publish, swapper: Swapper):
-    path = publish()
-    swapper.begin_stage(StageVersion(7, path, digest(path)))
+    stage(swapper, 7, publish())
     swapper.check_staged(7)
 
     swapper.put(7)
+    drafted, state = swapper.model.fused.clone(), (swapper.version, swapper.incumbent, swapper.num_swaps)
+    swapper.put(1)
 
-    assert torch.equal(swapper.model.fc.weight, WEIGHTS["fc.weight"])
-    assert (swapper.version, swapper.incumbent, swapper.num_swaps) == (7, 1, 0)
+    assert torch.equal(drafted, FUSED)
+    assert state == (7, 1, 0)
+    assert bool((swapper.model.fused == 7).all())
+
+
+def test_a_version_that_is_not_resident_is_not_put(swapper: Swapper):
+    with pytest.raises(SwapError, match="version 9 is not resident"):
+        swapper.put(9)
+
+    assert bool((swapper.model.fused == 7).all())
 
 
 def test_a_rank_that_could_not_stage_keeps_all_of_them_from_swapping(publish, swapper: Swapper):
-    path = publish()
     heard: list[bool] = []
     swapper._agree = lambda is_ready: heard.append(is_ready)  # None: another rank is not ready
-    swapper.begin_stage(StageVersion(7, path, digest(path)))
+    stage(swapper, 7, publish())
 
     with pytest.raises(SwapError, match="another rank could not stage version 7"):
         swapper.apply(ApplyVersion(7))
 
     assert heard == [True]
     assert swapper.version == 1
-    assert not swapper.model.fc.weight.any()
+    assert bool((swapper.model.fused == 7).all())
 
 
 def test_a_rank_whose_staging_failed_says_so_to_the_others_before_it_raises_its_own_error(publish, swapper: Swapper):
@@ -174,12 +312,43 @@ def test_a_rank_whose_staging_failed_says_so_to_the_others_before_it_raises_its_
     assert heard == [False]
 
 
+def test_a_payload_that_names_the_targets_table_finds_no_way_to_it(swapper: Swapper):
+    slot = swapper.weights.slots[1]
+
+    swapper.weights.fill(slot, {"norm.weight": torch.zeros(3)}, StageVersion(7, "p", "d"))
+    with pytest.raises(KeyError):
+        swapper.weights.fill(slot, {"embed_tokens.weight": torch.zeros(4, 2)}, StageVersion(7, "p", "d"))
+
+    assert slot.holds is None, "half written"
+    assert bool((swapper.model.model.embed_tokens.weight == 1).all())
+
+
 @pytest.mark.parametrize("act", [lambda s: s.apply(ApplyVersion(7)), lambda s: s.put(7)])
-def test_a_copy_that_reaches_the_targets_table_is_an_alarm(publish, swapper: Swapper, act):
-    path = publish()
-    swapper.begin_stage(StageVersion(7, path, digest(path)))
-    swapper.wait_staged()
-    swapper.model.is_smuggling = True
+def test_a_copy_that_reaches_the_targets_table_is_an_alarm_once_its_checksums_came(
+    publish, swapper: Swapper, device: LateDevice, monkeypatch, act
+):
+    stage(swapper, 7, publish())
+    install = swapper.weights.install
+    spoil = swapper.model.model.embed_tokens.weight.data.add_
+    monkeypatch.setattr(swapper.weights, "install", lambda slot: (install(slot), spoil(1)))
+
+    act(swapper)
+    swapper.checks.poll()
+    waits = device.num_waits
 
     with pytest.raises(SwapError, match="version 7 changed the target's embedding table; restart the server now"):
-        act(swapper)
+        swapper.checks.wait()
+    assert device.num_waits == waits + 1
+    for _ in range(2):
+        with pytest.raises(SwapError, match="restart the server now"):
+            swapper.checks.poll()
+
+
+def test_checksums_that_came_and_agree_are_forgotten(publish, swapper: Swapper):
+    stage(swapper, 7, publish())
+    swapper.apply(ApplyVersion(7))
+
+    swapper.checks.wait()
+    swapper.checks.poll()
+
+    assert not swapper.checks._open

@@ -247,6 +247,36 @@ def test_bfloat16_rows_stay_such_and_keep_their_values():
     assert torch.equal(sample.aux_TA[:11], wanted)
 
 
+def test_float8_rows_are_decoded_with_their_scales_as_they_come():
+    assembler, server = build_assembler(), Server()
+    assembler.start(server.started())
+    for part in server.whole():
+        message, frames = server.message([part])
+        rows = torch.frombuffer(bytearray(frames[0]), dtype=torch.float32).view(message.frames[0].shape)
+        scale_N = 2.0 ** torch.arange(len(rows))
+        packed = (rows / scale_N[:, None]).to(torch.float8_e4m3fn)
+        frames = [memoryview(packed.view(torch.uint8).numpy().tobytes()), *frames[1:], memoryview(scale_N.numpy())]
+        headers = [FrameHeader("float8_e4m3fn", message.frames[0].shape), *message.frames[1:]]
+        assembler.rows(Rows(message.segments, [*headers, FrameHeader("float32", [len(rows)])]), frames)
+
+    sample = assembler.end(server.ended())
+
+    assert sample.aux_TA.dtype == torch.bfloat16
+    wanted = torch.tensor([aux_row(server.tokens, p) for p in range(11)])
+    assert torch.allclose(sample.aux_TA[:11].float(), wanted, rtol=1 / 16)
+    assert sample.teacher_lse_T[4:11].tolist() == [4, 5, 6, 7, 8, 9, 10]
+
+
+def test_float8_rows_without_their_scales_are_no_rows():
+    assembler, server = build_assembler(), Server()
+    assembler.start(server.started())
+    message, frames = server.message([server.prefill(0, 5)])
+    headers = [FrameHeader("float8_e4m3fn", message.frames[0].shape), *message.frames[1:]]
+
+    with pytest.raises(WireError, match="came with 5 rows"):
+        assembler.rows(Rows(message.segments, headers), [memoryview(bytes(5 * AUX)), *frames[1:]])
+
+
 def test_what_is_kept_does_not_alias_the_buffers_of_the_wire():
     assembler, server = build_assembler(), Server()
     assembler.start(server.started())

@@ -144,6 +144,41 @@ def test_a_receiver_that_was_killed_is_followed_by_one_that_gets_what_comes_late
     assert len(later) > 30, "more was lost than one ZeroMQ queue holds"
 
 
+class Late:
+    """Frames whose device takes its time; None where it fails."""
+
+    def __init__(self, frames: list[np.ndarray] | None):
+        self.num_bytes = 4096
+        self.threads: list[str] = []
+        self._frames = frames
+
+    def __call__(self) -> list[np.ndarray] | None:
+        self.threads.append(threading.current_thread().name)
+        return self._frames
+
+
+def test_late_frames_are_made_once_on_the_senders_thread_and_count_before_by_what_they_promise(paths: RunPaths):
+    message, arrays = rows_message(5)
+    late, lost = Late(arrays), Late(None)
+    num_bytes = len(encode(message)) + late.num_bytes
+    sender = SampleSender(paths.samples_endpoint, budget_bytes=2 * num_bytes, version=lambda: 1)
+
+    kept = [sender.offer(message, frames, num_rows=2) for frames in (late, lost, Late(arrays))]
+    receiver = SampleReceiver(paths.samples_endpoint)
+    received, frames = receiver.receive(PATIENCE_S)
+    found = [array.copy() for array in arrays_of(received.frames, frames)]
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not sender.offer(ended(1), [bytes(num_bytes)]) and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    receive_until(receiver, lambda message: message == ended(1))
+    receiver.close()
+
+    assert kept == [True, True, False]
+    assert all(np.array_equal(a, b) for a, b in zip(arrays, found, strict=True))
+    assert late.threads == lost.threads == ["onlinespec-samples"]
+    assert sender.counters["dropped_messages"] >= 2, "one had no room, one could not be made"
+
+
 def test_a_heartbeat_tells_the_counters_and_the_version_in_service(paths: RunPaths):
     sender = SampleSender(paths.samples_endpoint, budget_bytes=len(encode(ended(1))), version=lambda: 9)
     sender.offer(ended(1), num_rows=2)

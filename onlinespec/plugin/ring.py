@@ -1,0 +1,83 @@
+"""A ring of pinned memory: where rows wait between the device and the sender.
+
+It is allocated once, since pinning memory stops the driver for milliseconds. Slots are taken in the order of the
+passes; room comes back in that order too, when the oldest slot is released or nobody holds it any more (a pass
+whose commit never came). A slot released while its copy still runs is safe: copies into the ring follow each other
+on one stream. A full ring gives None: the rows are dropped and counted, nobody waits.
+"""
+
+import math
+import threading
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+_ALIGN = 256
+
+
+@dataclass
+class _Span:
+    start: int
+    end: int
+    is_free: bool = False
+
+
+class Slot:
+    """Consecutive bytes of the ring, until it is released or collected."""
+
+    def __init__(self, bytes_: torch.Tensor, span: _Span):
+        self._bytes = bytes_
+        self._release = weakref.finalize(self, setattr, span, "is_free", True)
+        self._release.atexit = False
+
+    def like(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Uninitialised views of the slot, one for each tensor's shape and dtype."""
+        views, start = [], 0
+        for tensor in tensors:
+            views.append(self._bytes[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
+            start += _aligned(tensor.nbytes)
+        return views
+
+    def release(self) -> None:
+        """Its views must not be read after this. Again: does nothing."""
+        self._release()
+
+
+class Ring:
+    """See the module's docstring. buffer: uint8 [n]; taken on one thread, released on any."""
+
+    def __init__(self, buffer: torch.Tensor):
+        self._buffer = buffer
+        self._spans: deque[_Span] = deque()
+        self._lock = threading.Lock()
+
+    def take(self, tensors: Sequence[torch.Tensor]) -> Slot | None:
+        """Room for tensors of these shapes and dtypes; None where there is none now."""
+        num_bytes = sum(_aligned(tensor.nbytes) for tensor in tensors)
+        with self._lock:
+            while self._spans and self._spans[0].is_free:
+                self._spans.popleft()
+            start = self._room(num_bytes)
+            if start is None:
+                return None
+            span = _Span(start, start + num_bytes)
+            self._spans.append(span)
+        return Slot(self._buffer[span.start : span.end], span)
+
+    def _room(self, num_bytes: int) -> int | None:
+        size = len(self._buffer)
+        if not self._spans:
+            return 0 if num_bytes <= size else None
+        tail, head = self._spans[0].start, self._spans[-1].end
+        if self._spans[-1].start < tail:  # the newest went round
+            return head if head + num_bytes <= tail else None
+        if head + num_bytes <= size:
+            return head
+        return 0 if num_bytes <= tail else None
+
+
+def _aligned(num_bytes: int) -> int:
+    return math.ceil(num_bytes / _ALIGN) * _ALIGN

@@ -1,0 +1,113 @@
+"""The draft's weights as the server lays them out: two resident versions, and the copy between them and the draft.
+
+A version's file has canonical names; SGLang's `load_weights` fuses and shards them (qkv, gate_up, vocabulary). It is
+run once a version, on stand-ins of the draft's own parameters in host memory, so what it knows stays its to know.
+From there on a version is a list of tensors of the same shapes as the draft's, and a swap one batched copy.
+
+There are two slots: the incumbent's, and the other one's, which is the candidate or, after a swap, the predecessor:
+going back to it reads nothing. All memory is taken at start, for allocating it stops the device. Tensors whose
+storage is the target's (the embedding table, a shared lm_head) are left out, so no payload can reach them.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from onlinespec.plugin.device import Device, Event
+
+
+class Slot:
+    """One version's tensors. holds: which; None while it is written, or where it was never. ready: they are there.
+    read: the last copy out of them has been made."""
+
+    def __init__(self, tensors: list[torch.Tensor], now: Event):
+        self.tensors = tensors
+        self.holds: Any = None
+        self.ready = now
+        self.read = now
+
+
+class Weights:
+    """The parameters of one rank's draft and their two slots.
+
+    model: SGLang 0.5.23 models/llama_eagle3.py LlamaForCausalLMEagle3. target: the model whose storage is left alone.
+    reserve_bytes: device memory to leave free; a slot that would take of it is pinned host memory instead.
+    """
+
+    def __init__(self, model: Any, target: Any, device: Device, reserve_bytes: int):
+        self._model = model
+        self._device = device
+        theirs = {tensor.untyped_storage().data_ptr() for tensor in target.parameters()}
+        theirs.add(model.model.embed_tokens.weight.untyped_storage().data_ptr())
+        self._parameters = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.untyped_storage().data_ptr() not in theirs
+        }
+        self.own = [parameter.data for parameter in self._parameters.values()]
+        self._loading = self._pinned()
+        _copy(self._loading, self.own, non_blocking=False)  # a tensor that no version carries stays what it is
+        self.num_on_device = 0
+        """slots that are not in host memory"""
+        self.slots = [self._slot(reserve_bytes) for _ in range(2)]
+        self._ready: Event = device.mark()
+
+    def _pinned(self) -> list[torch.Tensor]:
+        return [self._device.pinned(tensor.shape, tensor.dtype) for tensor in self.own]
+
+    def _slot(self, reserve_bytes: int) -> Slot:
+        free_bytes = self._device.free_bytes()
+        has_room = free_bytes is None or free_bytes - sum(tensor.nbytes for tensor in self.own) >= reserve_bytes
+        self.num_on_device += has_room
+        tensors = [torch.empty_like(tensor) for tensor in self.own] if has_room else self._pinned()
+        _copy(tensors, self.own, non_blocking=False)
+        return Slot(tensors, self._device.mark())
+
+    def fill(self, slot: Slot, weights: dict[str, torch.Tensor], holds: Any) -> None:
+        """On a thread of ours: from host tensors of canonical names into the slot, behind the last copy out of it."""
+        self._ready.wait()  # what was loaded last has left for its slot
+        slot.holds = None
+        stand_in = _StandIn(self._model, self._parameters, self._loading)
+        type(self._model).load_weights(stand_in, list(weights.items()))
+        self._ready = slot.ready = self._device.copy_aside(
+            list(zip(slot.tensors, self._loading, strict=True)), after=slot.read
+        )
+        slot.holds = holds
+
+    def install(self, slot: Slot) -> None:
+        """The slot's tensors into the draft's own, on the current stream; this thread does not wait."""
+        self._device.follow(slot.ready)
+        _copy(self.own, slot.tensors, non_blocking=True)
+        slot.read = self._device.mark()
+
+
+class _StandIn:
+    """Stands for the model in its own `load_weights`, with other storage under its parameters."""
+
+    def __init__(self, model: Any, parameters: dict[str, torch.Tensor], storage: Sequence[torch.Tensor]):
+        self._model = model
+        self._mirrors = {
+            name: _mirror(parameter, tensor)
+            for (name, parameter), tensor in zip(parameters.items(), storage, strict=True)
+        }
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return iter(self._mirrors.items())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def _mirror(parameter: torch.Tensor, storage: torch.Tensor) -> torch.Tensor:
+    """A parameter of the same class and attributes (weight_loader, output_dim, ...) on other storage.
+
+    Source: SGLang 0.5.23 layers/parameter.py BasevLLMParameter.__new__ is made the same way.
+    """
+    mirror = torch.Tensor._make_subclass(type(parameter), storage, False)
+    mirror.__dict__.update(vars(parameter))
+    return mirror
+
+
+def _copy(destinations: list[torch.Tensor], sources: list[torch.Tensor], non_blocking: bool) -> None:
+    torch._foreach_copy_(destinations, sources, non_blocking=non_blocking)
