@@ -15,8 +15,10 @@ _LARGEST_EXPONENT = 8
 
 def pack_rows(aux_NA: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Shapes: aux_NA [N, A*D] to float8_e4m3fn [N, A*D] and float32 scales [N]. A row that is not finite stays so."""
-    largest_N = aux_NA.abs().amax(dim=1).float()
+    largest_N = torch.linalg.vector_norm(aux_NA, torch.inf, dim=1).float()
     exponent_N = torch.frexp(largest_N).exponent
     scale_N = torch.ldexp(torch.ones_like(largest_N), exponent_N - _LARGEST_EXPONENT)
     scale_N = torch.where(largest_N.isfinite(), scale_N, largest_N)
-    return (aux_NA.float() / scale_N[:, None]).to(torch.float8_e4m3fn), scale_N
+    if aux_NA.dtype == torch.float16:  # it cannot hold every scale; the others divide by a power of two exactly
+        aux_NA = aux_NA.float()
+    return (aux_NA / scale_N.to(aux_NA.dtype)[:, None]).to(torch.float8_e4m3fn), scale_N

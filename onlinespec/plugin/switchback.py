@@ -1,4 +1,4 @@
-"""Switchback: two versions resident on the device take turns in blocks of decode steps.
+"""Switchback: two resident versions take turns in blocks of decode steps.
 
 Blocks come in pairs of adjacent ones, incumbent and candidate in an order tossed by a seeded coin, so that
 neither load nor traffic that moves slowly favours one of them, and nobody can foresee which comes first.
@@ -44,7 +44,7 @@ class Blocks:
 
 
 class Residents(Protocol):
-    """Holds both versions on the device; see `swap.Swapper`."""
+    """Holds both versions, on the device where there is room; see `swap.Swapper`."""
 
     version: int
     """the one that drafts now"""

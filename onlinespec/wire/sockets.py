@@ -82,10 +82,10 @@ class SampleSender:
     def offer(self, message: msgspec.Struct, frames: Sequence[Any] | LateFrames = (), num_rows: int = 0) -> bool:
         """Queue one message with its frames (C-contiguous buffers); False where the budget dropped it."""
         head = encode(message)
-        if callable(frames):
-            num_bytes = len(head) + frames.num_bytes
-        else:
+        if isinstance(frames, Sequence):
             num_bytes = len(head) + sum(memoryview(frame).nbytes for frame in frames)
+        else:
+            num_bytes = len(head) + frames.num_bytes
         with self._lock:
             fits = self._queued_bytes + num_bytes <= self._budget_bytes
             if fits:
@@ -111,7 +111,7 @@ class SampleSender:
             self._wake.clear()
             while self._queue:
                 head, frames, num_bytes = self._queue[0]
-                made = frames() if callable(frames) else frames
+                made = frames if isinstance(frames, Sequence) else frames()
                 while made is not None and not self._send([head, *made]):
                     pass
                 if made is None:

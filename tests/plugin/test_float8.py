@@ -28,6 +28,16 @@ def test_scales_are_powers_of_two_so_that_decoding_is_exact_in_bfloat16():
     assert torch.equal(in_bfloat16.float(), packed_NA.float() * scale_N[:, None])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_dtype_of_the_rows_makes_no_difference(dtype: torch.dtype):
+    aux_NA = torch.randn(20, 32, generator=torch.Generator().manual_seed(2)) * torch.logspace(-6, 3, 20)[:, None]
+    aux_NA = aux_NA.to(dtype)
+
+    packed, wanted = pack_rows(aux_NA), pack_rows(aux_NA.float())
+
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(packed, wanted, strict=True))
+
+
 def test_a_row_of_zeros_stays_one():
     packed_NA, scale_N = pack_rows(torch.zeros(2, 8))
 
