@@ -48,7 +48,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "history": {"paths", "launch", "versions"},
     "serve": {"errors", "config", "resolve", "paths", "wire", "support", "launch", "cpu", "versions", "plugin"}
     | {"provision"},
-    "bench": {"errors", "world"},
+    "bench": {
+        "errors",
+        "config",
+        "resolve",
+        "paths",
+        "wire",
+        "launch",
+        "draft",
+        "trainer",
+        "gate",
+        "versions",
+        "record",
+    }
+    | {"world", "watch", "provision"},
     "demo": {"errors", "resolve", "paths", "wire", "launch", "versions", "operate", "bench", "world"},
     "cli": {
         "errors",

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+ConfigFiles = Annotated[list[Path] | None, typer.Option("--config", help="YAML file; may be given several times.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.field=value; may be given several times.")]
 app = typer.Typer(no_args_is_help=True, help="Measure a running server.")
 
 
@@ -49,3 +51,48 @@ def accept(
         settings = {"suite": suite, "concurrency": concurrency, "temperature": temperature, "seed": seed}
         write_report(out, report(rows, {**settings, "base_url": base_url, "max_tokens": max_tokens}))
         console.print(f"written to {out}")
+
+
+@app.command()
+def stream(
+    out: Annotated[Path, typer.Option(help="JSON of the result; the same command goes on where it ends.")],
+    replay: Annotated[
+        list[str] | None,
+        typer.Option(help="A recording, [DOMAIN=]DIRECTORY; may be given several times. Without: live."),
+    ] = None,
+    target: Annotated[str, typer.Option(help="A model directory or Hugging Face id; the demo world's.")] = "demo",
+    draft: Annotated[
+        str, typer.Option(help="A draft's directory, `init`, or, in a replay, `first`: one that fits the first domain.")
+    ] = "init",
+    arms: Annotated[str, typer.Option(help="Separated by semicolons; settings may follow a name.")] = "",
+    orders: Annotated[str, typer.Option(help="Of a replay, separated by commas.")] = "abrupt",
+    seeds: Annotated[int, typer.Option(help="Of a replay: 0 to this, less one.", min=1)] = 5,
+    tokens: Annotated[int, typer.Option(help="Answer tokens of each domain.", min=100)] = 32_000,
+    oracle_passes: Annotated[int, typer.Option(help="Passes over a domain that train its oracle.", min=1)] = 3,
+    draft_steps: Annotated[int, typer.Option(help="Draft tokens per verify step.", min=1, max=8)] = 3,
+    config: ConfigFiles = None,
+    override: Overrides = None,
+) -> None:
+    """How fast accept length comes back after traffic moved: onlinespec beside a frozen draft and the usual recipe."""
+    from rich.console import Console
+
+    from onlinespec.bench.arms import REPLAY_ARMS
+    from onlinespec.bench.replay_run import ReplayPlan, run_replay
+    from onlinespec.provision import resolve_model
+    from onlinespec.world import WORLD
+
+    plan = ReplayPlan(
+        recordings=tuple(replay or ()),
+        target=WORLD if target == "demo" else resolve_model(target),
+        out=out,
+        draft=draft,
+        arms=tuple(arms.split(";") if arms else REPLAY_ARMS),
+        orders=tuple(orders.split(",")),
+        seeds=tuple(range(seeds)),
+        tokens_per_domain=tokens,
+        num_draft_steps=draft_steps,
+        oracle_passes=oracle_passes,
+        config_files=tuple(config or ()),
+        overrides=tuple(override or ()),
+    )
+    raise typer.Exit(0 if run_replay(plan, Console()) else 130)
