@@ -48,20 +48,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "history": {"paths", "launch", "versions"},
     "serve": {"errors", "config", "resolve", "paths", "wire", "support", "launch", "cpu", "versions", "plugin"}
     | {"provision"},
-    "bench": {
-        "errors",
-        "config",
-        "resolve",
-        "paths",
-        "wire",
-        "launch",
-        "draft",
-        "trainer",
-        "gate",
-        "versions",
-        "record",
-    }
-    | {"world", "watch", "provision"},
+    "bench": {"errors", "config", "resolve", "paths", "wire", "launch", "cpu", "draft", "trainer", "gate", "versions"}
+    | {"record", "watch", "intake", "provision", "operate", "world"},
     "demo": {"errors", "resolve", "paths", "wire", "launch", "versions", "operate", "bench", "world"},
     "cli": {
         "errors",

@@ -109,12 +109,13 @@ class ReplayGate:
         assert self._candidate is not None
         num_steps, end = self._shape.num_draft_steps, sample.num_tokens - 1
         found = matches_each([self.incumbent, self._candidate], sample, self._shape.embed_VD, num_steps)
-        walks = [
+        incumbent, candidate = (
             walked(accept_walk(matches, sample.num_prompt_tokens, end, num_steps), end, num_steps) for matches in found
-        ]
+        )
         verdict = race.observe(
             sample.request,
-            *walks,
+            incumbent,
+            candidate,
             sample.group,
             started_s=sample.started_s,
             now_s=sample.ended_s,

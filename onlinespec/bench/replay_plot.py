@@ -34,8 +34,8 @@ def _panel(axes: plt.Axes, rows: Sequence[ReplayRow], colours: dict[str, str]) -
         lengths = [look.accept_length[shift] for look in row.looks]
         label = None if row.arm in labelled else row.arm
         labelled.add(row.arm)
-        style = {"where": "post", "color": colours[row.arm], "alpha": 0.7, "linewidth": 1.2}
-        axes.step(tokens, [*lengths, lengths[-1]], label=label, **style)
+        colour = colours[row.arm]
+        axes.step(tokens, [*lengths, lengths[-1]], where="post", label=label, color=colour, alpha=0.7, linewidth=1.2)
     oracle = rows[0].domains[shift].oracle
     for share in (1.0, 0.9):
         axes.axhline(share * oracle, color="black", linestyle=":", linewidth=0.8)

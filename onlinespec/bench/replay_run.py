@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from onlinespec.bench.arms import Arm, parse_arm
+from onlinespec.bench.arms import REPLAY_ARMS, Arm, parse_arm
 from onlinespec.bench.replay import ReplayRow, World, play
 from onlinespec.bench.replay_orders import ORDERS, schedule
 from onlinespec.bench.replay_plot import plot
@@ -33,6 +33,7 @@ class ReplayPlan:
     out: Path
     draft: str
     arms: tuple[str, ...]
+    """as `arms.parse_arm` reads them; empty for all"""
     orders: tuple[str, ...]
     seeds: tuple[int, ...]
     tokens_per_domain: int
@@ -48,7 +49,7 @@ def run_replay(plan: ReplayPlan, console: Console) -> bool:
     Raises: BenchError, RecordError, CheckpointError, ConfigError.
     """
     torch.set_num_threads(1)
-    arms = [parse_arm(text) for text in plan.arms]
+    arms = [parse_arm(text) for text in plan.arms or REPLAY_ARMS]
     if unfit := [arm.name for arm in arms if arm.is_adaptive]:
         raise BenchError(
             f"arm {unfit[0]}: its draft depth follows the server's load, which a replay has not; leave it out"

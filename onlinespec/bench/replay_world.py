@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -92,14 +93,15 @@ def choose_held_out(domain: str, samples: Sequence[Sample]) -> list[Sample]:
 
     Raises: BenchError where there are too few to leave as many to train on.
     """
-    distinct = {sample.answer_key: sample for sample in samples if sample.num_answer_tokens > 1 and sample.is_complete}
+    whole = [sample for sample in samples if sample.num_answer_tokens > 1 and sample.is_complete]
+    whole.sort(key=lambda sample: hashlib.sha256(sample.tokens_T.numpy().tobytes()).digest())
+    distinct = {sample.answer_key: sample for sample in reversed(whole)}  # of equal answers the first by hash
     if len(distinct) < 2 * NUM_HELD_OUT:
         raise BenchError(
             f"the recordings of {domain} hold {len(distinct)} different whole answers, wanted {2 * NUM_HELD_OUT}: half "
             "of them to judge on; record more"
         )
-    by_hash = sorted(distinct.values(), key=lambda sample: hashlib.sha256(sample.tokens_T.numpy().tobytes()).digest())
-    return by_hash[:NUM_HELD_OUT]
+    return list(reversed(distinct.values()))[:NUM_HELD_OUT]
 
 
 Progress = Callable[[str, int, int], None]
@@ -133,7 +135,7 @@ def build_world(
             learner = Learner(
                 oracle_config(len(samples), oracle_passes), draft_config, weights, shape.embed_VD, is_fresh(start)
             )
-            learn_all(learner, samples, oracle_passes, lambda done, steps, domain=domain: on_step(domain, done, steps))
+            learn_all(learner, samples, oracle_passes, partial(on_step, domain))
             _keep(cache / domain, draft_config, learner.trainer.weights(), made_from)
         oracles[domain] = read_draft(cache / domain)[1]
     lengths = {

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from onlinespec.bench.arms import parse_arm
@@ -27,6 +28,13 @@ TINY = ("trainer.unroll_steps=2", "buffer.recent_samples=6", "buffer.reservoir_s
 def pools(count: int = 40) -> dict[str, list[Sample]]:
     samples = build_samples(2 * count)
     return {"a": samples[:count], "b": samples[count:]}
+
+
+def marked(sample: Sample) -> Sample:
+    """With an answer like no other: what training has seen does not judge."""
+    tokens_T = sample.tokens_T.clone()
+    tokens_T[-2:] = torch.tensor([sample.request % 29, sample.request // 29])
+    return replace(sample, tokens_T=tokens_T, started_s=sample.ended_s - 0.1)
 
 
 def domains_of(order: str, **changes) -> list[str]:
@@ -141,7 +149,8 @@ def test_the_recipe_swaps_every_fifty_steps_whatever_comes_of_it(world: World):
 def test_onlinespec_serves_nothing_that_did_not_win_its_race_and_trains_on_nothing_held_out(world: World):
     lenient = ("gate.holdout_frac=0.5", "gate.candidate_steps=8", "gate.min_requests=4", "gate.min_span_s=0")
     config = load_config([], [*TINY, *lenient, "gate.slice_min_frac=0.9", "gate.alpha=0.2"])
-    stream = schedule("abrupt", pools(120), 1200, 10.0, 0)
+    distinct = {domain: [marked(sample) for sample in samples] for domain, samples in pools(120).items()}
+    stream = schedule("abrupt", distinct, 1200, 10.0, 0)
 
     row = play(parse_arm("onlinespec"), "abrupt", 0, stream, config, world)
 
