@@ -106,7 +106,8 @@ class Load:
     def check(self) -> None:
         """Raises: BenchError where the server no longer answers."""
         if not self._thread.is_alive() and not self._is_stopping.is_set():
-            raise BenchError(f"{self.base_url} no longer answers: {self.failure or self.answers[-1].error}")
+            last = self.answers[-1].error if self.answers else "nothing was ever answered"
+            raise BenchError(f"{self.base_url} no longer answers: {self.failure or last}")
 
     def _run(self) -> None:
         def wanted(_prompt: Prompt) -> bool:

@@ -62,7 +62,7 @@ class LivePlan:
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(max_tokens=self.max_tokens, tenant="bench")
+        return Sampling(max_tokens=self.max_tokens)
 
 
 def run_live(plan: LivePlan, console: Console) -> bool:
