@@ -146,19 +146,36 @@ def test_the_recipe_swaps_every_fifty_steps_whatever_comes_of_it(world: World):
     assert [look.num_requests for look in row.looks] == [0, *range(50, len(stream) + 1, 50)]
 
 
-def test_onlinespec_serves_nothing_that_did_not_win_its_race_and_trains_on_nothing_held_out(world: World):
-    lenient = ("gate.holdout_frac=0.5", "gate.candidate_steps=8", "gate.min_requests=4", "gate.min_span_s=0")
-    config = load_config([], [*TINY, *lenient, "gate.slice_min_frac=0.9", "gate.alpha=0.2"])
-    distinct = {domain: [marked(sample) for sample in samples] for domain, samples in pools(120).items()}
-    stream = schedule("abrupt", distinct, 1200, 10.0, 0)
+def race_config():
+    """Candidates every 4 steps, few requests to a verdict."""
+    lenient = ("holdout_frac=0.5", "candidate_steps=4", "min_requests=4", "min_span_s=0", "slice_min_frac=0.9")
+    return load_config([], [*TINY, *(f"gate.{setting}" for setting in lenient), "gate.futility_requests=8"])
 
-    row = play(parse_arm("onlinespec"), "abrupt", 0, stream, config, world)
 
-    promoted = [verdict for verdict in row.verdicts if verdict.decision == "promote"]
-    assert len(promoted) == row.num_swaps > 0
-    assert row.num_candidates >= len(row.verdicts)
-    assert 0.3 < row.num_held_out / row.num_requests < 0.7
-    assert row.looks[-1].accept_length["a"] > row.looks[0].accept_length["a"]
+@pytest.mark.parametrize("is_better", [True, False])
+def test_onlinespec_serves_what_won_its_race_and_nothing_else(world: World, monkeypatch, is_better: bool):
+    def walks(drafts, sample, embed_VD, num_steps):
+        shape = (sample.num_answer_tokens, num_steps)
+        return [torch.full(shape, not is_better), torch.full(shape, is_better)]
+
+    monkeypatch.setattr("onlinespec.bench.replay_gate.matches_each", walks)
+    distinct = {domain: [marked(sample) for sample in samples] for domain, samples in pools().items()}
+
+    row = play(parse_arm("onlinespec"), "abrupt", 0, schedule("abrupt", distinct, 350, 10.0, 0), race_config(), world)
+
+    decisions = [verdict.decision for verdict in row.verdicts]
+    assert set(decisions) == {"promote" if is_better else "drop"}
+    assert row.num_swaps == decisions.count("promote")
+    assert row.num_candidates - len(decisions) in (0, 1)
+
+
+def test_what_is_held_out_to_judge_is_not_trained_on(world: World):
+    stream = schedule("abrupt", pools(), 100, 10.0, 0)
+    held_out = load_config([], [*TINY, "gate.holdout_frac=0.999999"])
+
+    row = play(parse_arm("onlinespec"), "abrupt", 0, stream, held_out, world)
+
+    assert (row.num_held_out, row.optimizer_steps) == (len(stream), 0)
 
 
 def course() -> tuple[list[Look], list[tuple[str, Sample]]]:
