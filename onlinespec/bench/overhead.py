@@ -31,7 +31,9 @@ from onlinespec.errors import BenchError
 from onlinespec.wire.messages import Swap
 
 SETTLE_S = 1.0
-WARM_UP_S = 8.0
+WARM_UP_STEPS = 8
+"""optimizer steps that the sidecar must have made before the first block: it trains then"""
+_WARM_UP_S = 180.0
 _TWIN = 1_000_000
 """added to a version's number: the same weights, swapped in as another version"""
 
@@ -139,6 +141,20 @@ def run_blocks(toggle: Toggle, load: Load, num_pairs: int, block_s: float, on_bl
         change = {name: after.get(name, 0) - before.get(name, 0) for name in ("rows", "bytes", "dropped_rows")}
         counted = (change["rows"], change["bytes"], change["dropped_rows"])
         on_block(Block(state, pair, began_s, ended_s, *counted, toggle.trainer_steps() - steps))
+
+
+def warm_up(toggle: Toggle, load: Load) -> None:
+    """Until the sidecar trains. Raises: BenchError where it does not, WireError."""
+    toggle.set("training")
+    deadline_s = time.monotonic() + _WARM_UP_S
+    while toggle.trainer_steps() < WARM_UP_STEPS:
+        load.check()
+        if time.monotonic() > deadline_s:
+            raise BenchError(
+                f"the sidecar made {toggle.trainer_steps()} optimizer steps in {_WARM_UP_S:.0f} s of traffic, wanted "
+                f"{WARM_UP_STEPS}; is trainer.enabled true, and does its server capture?"
+            )
+        time.sleep(0.5)
 
 
 def run_swaps(toggle: Toggle, load: Load, num_swaps: int) -> tuple[list[Window], Window]:

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ from rich.table import Table
 
 from onlinespec.bench.client import Sampling
 from onlinespec.bench.overhead import (
-    WARM_UP_S,
     Block,
     Load,
     Overhead,
@@ -28,6 +26,7 @@ from onlinespec.bench.overhead import (
     run_swaps,
     summarise_overhead,
     swap_gaps,
+    warm_up,
 )
 from onlinespec.bench.overhead_gaps import Window
 from onlinespec.bench.overhead_toggle import STATES, Toggle, toggling
@@ -114,8 +113,7 @@ def _measure(plan: OverheadPlan, toggle: Toggle, base_url: str, results: Results
                 blocks.append(block)
                 bar.advance(task)
 
-            toggle.set("training")
-            time.sleep(WARM_UP_S)
+            warm_up(toggle, load)
             run_blocks(toggle, load, plan.num_pairs, plan.block_s, on_block)
             bar.update(task, description="swaps")
             swaps = run_swaps(toggle, load, plan.num_swaps) if plan.num_swaps >= 2 else None

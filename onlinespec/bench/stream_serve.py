@@ -76,10 +76,11 @@ def our_command(
 
 @contextlib.contextmanager
 def serving(command: Sequence[str], port: int, log: Path, paths: RunPaths | None = None) -> Iterator[Server]:
-    """Start, wait until it answers and, where it is ours, says that it is ready; stop at the end.
+    """Start, wait until it answers and, where it is ours, says that it is ready; stop at the end, a SIGTERM's too.
 
     Raises: StartError with the last line of the log where it ended before that, or took longer than READY_S.
     """
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: it would outlive us otherwise
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     try:
@@ -88,6 +89,7 @@ def serving(command: Sequence[str], port: int, log: Path, paths: RunPaths | None
         yield server
     finally:
         _stop(process)
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _wait_ready(server: Server) -> None:

@@ -12,8 +12,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from onlinespec.bench.client import Answer, Prompt
-from onlinespec.bench.overhead import Block, block_order, measured, summarise_overhead, swap_gaps
+from onlinespec.bench.client import Answer, Prompt, Sampling
+from onlinespec.bench.overhead import Block, Load, block_order, measured, summarise_overhead, swap_gaps, warm_up
 from onlinespec.bench.overhead_gaps import compare, gaps_of
 from onlinespec.bench.overhead_run import plot, table
 from onlinespec.bench.overhead_toggle import STATES, Toggle, find_sidecar, toggling
@@ -170,6 +170,20 @@ def test_afterwards_the_server_is_as_it_was_whatever_ended_the_bench(tmp_path: P
     assert state_of(Journal(paths).read()).pinned is None
     assert server.captures == [False, True]
     assert state_of_process(sidecar.pid) != "T"
+
+
+def test_blocks_wait_for_a_sidecar_that_trains(tmp_path: Path, sidecar: subprocess.Popen, monkeypatch):
+    CapturingServer(lay_out(tmp_path), 3)
+    monkeypatch.setattr("onlinespec.bench.overhead._WARM_UP_S", 0.1)
+    toggle, load = Toggle(tmp_path, sidecar.pid), Load("http://127.0.0.1:1", [], Sampling(), 1)
+    load.check = lambda: None
+
+    toggle.paths.sidecar_status.write_text('{"trainer_step": 3}')
+
+    with pytest.raises(BenchError, match="made 3 optimizer steps in 0 s of traffic, wanted 8"):
+        warm_up(toggle, load)
+    toggle.paths.sidecar_status.write_text('{"trainer_step": 8}')
+    warm_up(toggle, load)
 
 
 def test_a_server_that_captures_nothing_is_refused(tmp_path: Path):
