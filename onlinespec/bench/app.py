@@ -1,6 +1,5 @@
 """The `onlinespec bench` commands: thin, as cli.py is. What they run is imported inside them: help stays light."""
 
-import asyncio
 from pathlib import Path
 from typing import Annotated
 
@@ -13,53 +12,84 @@ Target = Annotated[str, typer.Option(help="A model directory or Hugging Face id;
 DEMO = "demo"
 app = typer.Typer(no_args_is_help=True, help="Measure a running server.")
 
+SUITES = (
+    "`demo`, `demo:DOMAIN`, a JSONL file of prompts, or NAME:PATH with NAME one of mtbench, gsm8k, humaneval, math500,"
+    " sharegpt, sharegpt-turns; may be given several times."
+)
+
 
 @app.command()
 def accept(
     base_url: Annotated[str, typer.Option(help="Address of the server, without /v1.")] = "http://127.0.0.1:30000",
-    suite: Annotated[str, typer.Option(help="`demo`, `demo:DOMAIN`, or a JSONL file of prompts.")] = "demo",
-    requests: Annotated[int, typer.Option(help="Prompts to send.", min=1)] = 100,
-    concurrency: Annotated[int, typer.Option(help="Users at a time.", min=1)] = 4,
-    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    seed: Annotated[int, typer.Option(help="Of the demo's prompts.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Where to write the result as JSON.")] = None,
+    suite: Annotated[list[str] | None, typer.Option(help=SUITES, show_default="demo")] = None,
+    requests: Annotated[int, typer.Option(help="Conversations of each suite.", min=1)] = 100,
+    concurrency: Annotated[
+        list[int] | None, typer.Option(help="Users at a time; may be given several times.", min=1, show_default="4")
+    ] = None,
+    temperature: Annotated[
+        list[float] | None, typer.Option(help="May be given several times.", min=0.0, show_default="0")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 256,
+    seed: Annotated[int, typer.Option(help="Of the prompts that are drawn, and of sampling.")] = 1,
+    stream: Annotated[bool, typer.Option(help="Without a stream there are no latencies between tokens.")] = True,
+    warmup: Annotated[int, typer.Option(help="Requests before each cell that are not counted.", min=0)] = 4,
+    flush_cache: Annotated[
+        bool, typer.Option("--flush-cache", help="Empty the server's prefix cache before each cell.")
+    ] = False,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="The server's, if it is ours: its config's digest is kept.")
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Where the result goes, a plot beside it; one begun there is gone on with.")
+    ] = None,
 ) -> None:
-    """Accept length, acceptance by position, tokens/s, TTFT and inter-token latency."""
+    """Accept length, acceptance by position, tokens/s, TTFT and inter-token latency.
+
+    Of every suite at every concurrency and temperature. Ctrl-C keeps what was measured.
+    """
     from rich.console import Console
-    from rich.progress import track
 
-    from onlinespec.bench.accept import drive, report, summaries_of, write_report
-    from onlinespec.bench.client import Answer, Sampling
-    from onlinespec.bench.suites import load_suite
-    from onlinespec.bench.summary import table
+    from onlinespec.bench.accept import Plan, run_accept
 
-    console = Console()
-    prompts = load_suite(suite, requests, seed)
-    bar = iter(track(range(len(prompts)), "requests", console=Console(stderr=True)))
-    next(bar, None)
+    plan = Plan(
+        base_url=base_url,
+        suites=suite or ["demo"],
+        num_prompts=requests,
+        concurrencies=concurrency or [4],
+        temperatures=temperature or [0.0],
+        max_tokens=max_tokens,
+        seed=seed,
+        is_streamed=stream,
+        num_warmup=warmup,
+        is_flushed=flush_cache,
+        run_dir=run_dir,
+        path=json,
+    )
+    raise typer.Exit(run_accept(plan, Console()))
 
-    def advance(_answer: Answer) -> None:
-        next(bar, None)
 
-    sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
-    answers = asyncio.run(drive(base_url, prompts, sampling, concurrency, advance))
-    rows = summaries_of(answers)
-    console.print(table(rows, f"{suite} on {base_url}, {concurrency} users"))
-    if any(answer.error for answer in answers):
-        console.print("first error: " + next(answer.error for answer in answers if answer.error))
-    if not any(answer.has_counters for answer in answers):
-        console.print("the server sent no speculative counters; is speculation on, and is it SGLang >= 0.5.23?")
-    if out is not None:
-        settings = {"suite": suite, "concurrency": concurrency, "temperature": temperature, "seed": seed}
-        write_report(out, report(rows, {**settings, "base_url": base_url, "max_tokens": max_tokens}))
-        console.print(f"written to {out}")
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="Result of `bench accept`: what is compared with.")],
+    b: Annotated[Path, typer.Argument(help="Result of `bench accept` with the same suites and settings.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Differences of B from A, conversation by conversation, with 95 % intervals."""
+    from rich.console import Console
+
+    from onlinespec.bench.compare import compare, compare_table, to_json
+
+    found = compare(a, b)
+    if as_json:
+        typer.echo(to_json(found))
+    else:
+        Console().print(compare_table(found))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def stream(
     context: typer.Context,
-    out: Annotated[Path, typer.Option(help="JSON of the result; the same command goes on where it ends.")],
+    json: Annotated[Path, typer.Option(help="Where the result goes; the same command goes on where it ends.")],
     replay: Annotated[list[str] | None, typer.Option(help="Recordings, [DOMAIN=]DIRECTORY each. None: live.")] = None,
     target: Target = DEMO,
     draft: Annotated[str, typer.Option(help="Directory, `init`; in a replay `first`: fits the first domain.")] = "init",
@@ -94,11 +124,11 @@ def stream(
         raise typer.BadParameter(f"{context.args[0]}: a replay has no server to give it to")
     if replay:
         chosen = (names, tuple(orders.split(",")), tuple(range(seeds)), tokens, draft_steps, oracle_passes)
-        has_ended = run_replay(ReplayPlan(tuple(replay), _model(target), out, draft, *chosen, *settings), Console())
+        has_ended = run_replay(ReplayPlan(tuple(replay), _model(target), json, draft, *chosen, *settings), Console())
     else:
         suites = tuple(phase or ("demo:code", "demo:support"))
         sent = (suites, requests, concurrency, max_tokens, seed, window, draft_steps)
-        plan = LivePlan(out, _model(target), draft, names, *sent, *settings, flags=tuple(context.args))
+        plan = LivePlan(json, _model(target), draft, names, *sent, *settings, flags=tuple(context.args))
         has_ended = run_live(plan, Console())
     raise typer.Exit(0 if has_ended else 1)
 
@@ -112,7 +142,7 @@ def _model(target: str) -> Path:
 
 @app.command()
 def overhead(
-    out: Annotated[Path, typer.Option(help="JSON of the result; must not be there yet.")],
+    json: Annotated[Path, typer.Option(help="Where the result goes, a plot beside it; must not be there yet.")],
     run_dir: Annotated[
         Path | None, typer.Option("--run-dir", help="Of a running `onlinespec serve`; left out, one is started.")
     ] = None,
@@ -136,7 +166,7 @@ def overhead(
     from onlinespec.bench.overhead_run import OverheadPlan, run_overhead
 
     plan = OverheadPlan(
-        out=out,
+        out=json,
         run_dir=run_dir,
         target=_model(target),
         draft=draft,

@@ -5,8 +5,7 @@ training training tap off, and so on: ABBA with a third letter. So each pair of 
 seconds of each other, and what drifts over minutes is in both orders equally often. A ratio is over pairs of blocks,
 with the t interval of `interval.ratio_interval`.
 
-Tokens of a block: an answer's tokens are spread evenly over its chunks, and a block has those of its chunks. The first
-`SETTLE_S` after each switch belong to no block.
+A block has the tokens of the chunks that came in it. The first `SETTLE_S` after each switch belong to no block.
 """
 
 import asyncio
@@ -182,10 +181,8 @@ def run_swaps(toggle: Toggle, load: Load, num_swaps: int) -> tuple[list[Window],
 
 def measured(blocks: Sequence[Block], answers: Sequence[Answer]) -> list[Block]:
     """The blocks with their tokens/s and gaps, from the answers' chunks."""
-    chunks = sorted(
-        (chunk_s, answer.num_output_tokens / len(answer.chunk_s)) for answer in answers for chunk_s in answer.chunk_s
-    )
-    gaps = sorted(gap for answer in answers for gap in answer.gaps_s)
+    chunks = [chunk for answer in answers for chunk in chunks_of(answer)]
+    gaps = [gap for answer in answers for gap in answer.gaps_s]
     result = []
     for block in blocks:
         tokens = sum(tokens for chunk_s, tokens in chunks if block.began_s <= chunk_s < block.ended_s)
@@ -195,6 +192,14 @@ def measured(blocks: Sequence[Block], answers: Sequence[Answer]) -> list[Block]:
         found = {"tokens_per_s": tokens / (block.ended_s - block.began_s), "num_gaps": len(own)}
         result.append(msgspec.structs.replace(block, **found, gap_p99_s=percentile(own, 99)))
     return result
+
+
+def chunks_of(answer: Answer) -> list[tuple[float, float]]:
+    """(when it came, tokens that came with it) of each chunk; spread evenly where the server did not count them."""
+    if len(answer.chunk_tokens) != len(answer.chunk_s):
+        return [(chunk_s, answer.num_output_tokens / len(answer.chunk_s)) for chunk_s in answer.chunk_s]
+    counts = [after - before for before, after in itertools.pairwise([0, *answer.chunk_tokens])]
+    return list(zip(answer.chunk_s, counts, strict=True))
 
 
 def summarise_overhead(blocks: Sequence[Block], swaps: dict[str, Any] | None) -> Overhead:

@@ -68,7 +68,7 @@ def run_overhead(plan: OverheadPlan, console: Console) -> bool:
     Raises: StartError where the server does not start; BenchError where it cannot be measured.
     """
     if plan.out.exists():
-        raise BenchError(f"{plan.out} is there already; blocks of two runs do not pair, so give another --out")
+        raise BenchError(f"{plan.out} is there already; blocks of two runs do not pair, so give another --json")
     settings = {
         "suite": plan.suite,
         "num_users": plan.num_users,

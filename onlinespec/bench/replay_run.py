@@ -44,7 +44,7 @@ class ReplayPlan:
 
 
 def run_replay(plan: ReplayPlan, console: Console) -> bool:
-    """Play what is missing, write --out after every row, then the table and the plot; False where Ctrl-C ended it.
+    """Play what is missing, write the result after every row, then the table and the plot; False where Ctrl-C ended it.
 
     Raises: BenchError, RecordError, CheckpointError, ConfigError.
     """

@@ -4,17 +4,13 @@ A file belongs to one bench with one set of settings; with other settings it is 
 """
 
 import json
-import os
-import platform
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-import onlinespec
+from onlinespec.bench.provenance import commit, provenance
 from onlinespec.errors import BenchError
 
 Row = dict[str, Any]
@@ -36,14 +32,14 @@ class Results:
         try:
             found = json.loads(self.path.read_bytes())
         except json.JSONDecodeError as error:
-            raise BenchError(f"{self.path}: no result of a bench ({error}); give another --out") from error
+            raise BenchError(f"{self.path}: no result of a bench ({error}); give another --json") from error
         if not isinstance(found, dict) or found.get("kind") != self._kind:
             kind = found.get("kind") if isinstance(found, dict) else type(found).__name__
-            raise BenchError(f"{self.path}: holds {kind!r}, wanted {self._kind!r}; give another --out")
+            raise BenchError(f"{self.path}: holds {kind!r}, wanted {self._kind!r}; give another --json")
         for name, wanted in self._settings.items():
             if (there := found["settings"].get(name)) != wanted:
                 raise BenchError(
-                    f"{self.path}: was made with {name} {_short(there)}, wanted {_short(wanted)}; give another --out, "
+                    f"{self.path}: was made with {name} {_short(there)}, wanted {_short(wanted)}; give another --json, "
                     "or the settings it began with"
                 )
         self.rows = found["rows"]
@@ -60,7 +56,13 @@ class Results:
 
     def write(self, more: dict[str, Any]) -> None:
         """The whole file, by rename; `more` beside the rows."""
-        result = {"kind": self._kind, "provenance": provenance(), "settings": self._settings, **more, "rows": self.rows}
+        result = {
+            "kind": self._kind,
+            "provenance": provenance("", None),
+            "settings": self._settings,
+            **more,
+            "rows": self.rows,
+        }
         temporary = self.path.with_suffix(".tmp")
         temporary.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
         temporary.rename(self.path)
@@ -73,24 +75,3 @@ def _short(value: object) -> str:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def commit() -> str:
-    """Of the sources, with a + where they were changed; the package's version where they are no checkout."""
-    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=12"]
-    try:
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return onlinespec.__version__
-
-
-def provenance() -> dict[str, Any]:
-    return {
-        "onlinespec": onlinespec.__version__,
-        "commit": commit(),
-        "command": " ".join(["onlinespec", *sys.argv[1:]]),
-        "time": _now(),
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-    }

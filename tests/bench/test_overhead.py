@@ -45,12 +45,13 @@ def test_every_state_comes_as_often_before_each_other_as_after_it():
 
 def test_a_block_has_the_tokens_of_its_chunks_and_the_gaps_that_lie_in_it():
     blocks = [msgspec.structs.replace(block("off", 0), began_s=10.0, ended_s=20.0)]
-    answers = [answer([9.0, 11.0, 12.0, 21.0], 8), answer([10.0, 19.5], 6)]
+    answers = [answer([9.0, 11.0, 12.0, 21.0], 8), answer([10.0, 19.5, 22.0], 6)]
+    answers[1].chunk_tokens = [1, 4, 6]
 
     found = measured(blocks, answers)[0]
 
-    # 2 of 4 chunks of 8 tokens, 2 of 2 of 6; gaps 11 to 12 and 10 to 19.5, the others reach out of the block.
-    assert found.tokens_per_s == pytest.approx((4 + 6) / 10)
+    # 2 of 4 chunks of 8 tokens, then 1 and 3 tokens; gaps 11 to 12 and 10 to 19.5, the others reach out of the block.
+    assert found.tokens_per_s == pytest.approx((4 + 1 + 3) / 10)
     assert (found.num_gaps, found.gap_p99_s) == (2, 9.5)
 
 

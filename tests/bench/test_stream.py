@@ -77,7 +77,7 @@ def test_a_row_takes_the_place_of_the_one_with_its_key(tmp_path: Path):
 @pytest.mark.parametrize(
     ("kind", "settings", "told"),
     [
-        ("a bench", {"tokens": 6}, "was made with tokens 5, wanted 6; give another --out"),
+        ("a bench", {"tokens": 6}, "was made with tokens 5, wanted 6; give another --json"),
         ("another", {"tokens": 5}, "holds 'a bench', wanted 'another'"),
     ],
 )

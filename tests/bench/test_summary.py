@@ -2,12 +2,13 @@
 
 import io
 import random
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from onlinespec.bench.client import Answer, Prompt
-from onlinespec.bench.summary import percentile, position_acceptance, summarise, table
+from onlinespec.bench.summary import conversations, percentile, position_acceptance, summarise, table
 
 PROMPT = Prompt.of_text("chat", "Hello")
 
@@ -54,6 +55,34 @@ def test_an_answer_without_verify_steps_does_not_count_in_the_truncated_figure()
     assert row.num_output_tokens == 39
 
 
+def test_the_turns_of_one_conversation_vary_together():
+    easy = [Prompt("chat", (), number=1), Prompt("chat", (), number=1, turn=1)]
+    turns = [replace(LONG, prompt=easy[0]), replace(LONG, prompt=easy[1]), replace(SHORT, prompt=PROMPT)]
+
+    together, apart = summarise("chat", turns), summarise("chat", [LONG, LONG, SHORT])
+
+    assert together.accept_length == apart.accept_length
+    assert together.accept_length_high - together.accept_length_low > apart.accept_length_high - apart.accept_length_low
+    assert [(c.num_verify_steps, c.num_correct_drafts) for c in conversations(turns).values()] == [(20, 60), (2, 0)]
+    assert conversations(turns)[1].histogram == [2, 2, 2, 14]
+
+
+def test_answers_that_were_not_streamed_have_a_speed_and_no_latencies():
+    whole = answer(10, 30, 38, [], done_s=14.0)
+
+    row = summarise("chat", [whole])
+
+    assert row.tokens_per_s == 38 / 4.0
+    assert (row.ttft_p50_s, row.gap_p50_s, row.token_p50_s) == (None, None, None)
+
+
+def test_inter_token_latency_shares_a_gap_among_its_tokens():
+    row = summarise("chat", [answer(2, 3, 6, [10.5, 11.1, 11.2], chunk_tokens=[1, 4, 5])])
+
+    assert row.token_p50_s == pytest.approx(0.2)
+    assert row.gap_p99_s == pytest.approx(0.6)
+
+
 def test_failed_answers_are_counted_and_otherwise_left_out():
     row = summarise("chat", [LONG, FAILED])
     alone = summarise("chat", [LONG])
@@ -83,7 +112,8 @@ def test_position_acceptance_is_the_share_of_steps_that_got_so_far():
     # 4 + 3 steps of up to 3 drafted tokens: 2 accepted none, 1 one, 1 two, 3 all three.
     found = position_acceptance([[1, 1, 1, 1], [1, 0, 0, 2]])
 
-    assert found == [5 / 7, 4 / 7, 3 / 7]
+    assert [share.value for share in found] == [5 / 7, 4 / 7, 3 / 7]
+    assert all(share.low < share.value < share.high for share in found)
 
 
 def test_position_acceptance_agrees_with_counting_step_by_step():
@@ -92,14 +122,14 @@ def test_position_acceptance_agrees_with_counting_step_by_step():
     parts = accepted[:60], accepted[60:]
     histograms = [[part.count(j) for j in range(max(part) + 1)] for part in parts]
 
-    found = position_acceptance(histograms)
+    found = [share.value for share in position_acceptance(histograms)]
 
     assert found == [sum(count >= position for count in accepted) / 200 for position in (1, 2, 3, 4)]
     assert 1 + sum(found) == pytest.approx(1 + sum(accepted) / 200), "their sum is the accept length"
 
 
 def test_answers_with_shorter_histograms_accepted_nothing_further_on():
-    assert position_acceptance([[3], [1, 0, 2]]) == [2 / 6, 2 / 6]
+    assert [share.value for share in position_acceptance([[3], [1, 0, 2]])] == [2 / 6, 2 / 6]
     assert position_acceptance([[], [0, 0]]) == []
 
 
@@ -125,6 +155,6 @@ def test_the_table_shows_a_row_per_summary_and_a_dash_where_there_is_no_number()
     lines = console.file.getvalue().splitlines()
     chat = next(line for line in lines if "chat" in line)
     none = next(line for line in lines if "none" in line)
-    assert "3.50" in chat
+    assert "3.50 (1.00-" in chat, "the interval stands beside it"
     assert "100/500" in chat
     assert "-/-" in none

@@ -27,7 +27,8 @@ from tests.integration.servers import Server, free_port, send, start_ours, start
 
 NUM_IDENTITY_PROMPTS = 100
 IDENTITY_TOKENS = 96
-_ORDER = ("identity", "rows", "switchback", "updates", "variants", "battery", "watch", "product", "full", "drafts")
+_ORDER = ("identity", "rows", "counters", "switchback", "updates", "variants", "battery", "watch", "product", "full")
+_ORDER += ("drafts",)
 MODULES = [f"test_{name}" for name in _ORDER]
 
 

@@ -1,0 +1,98 @@
+"""The documents' tables from the JSON: what is written between the markers, and when it is out of step."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from onlinespec.bench.provenance import Provenance
+from onlinespec.bench.result import Cell, Result, Sample, Settings, Suite, write_result
+
+SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "bench_table.py"
+SPEC = importlib.util.spec_from_file_location("bench_table", SCRIPT)
+bench_table = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(bench_table)
+
+DOCUMENT = f"# Title\n\n{bench_table.BEGIN}\nold\n{bench_table.END}\nbehind\n"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A checkout with both documents, one result, and the JSON of something else."""
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    (results / "other.json").write_text('{"rows": []}')
+    (results / "list.json").write_text("[]")
+    for name in ("README.md", "benchmarks/RESULTS.md"):
+        (tmp_path / name).write_text(DOCUMENT)
+    settings = Settings(
+        base_url="u",
+        model="m",
+        suites=[Suite("demo", 2, "d")],
+        concurrencies=[4],
+        temperatures=[0.0],
+        max_tokens=8,
+        seed=1,
+        is_streamed=True,
+        num_warmup=0,
+        is_flushed=False,
+    )
+    session = Provenance("2026", "onlinespec bench accept", "abc+", {}, {}, {"version": "0.5.23"}, None)
+    counted = {"num_verify_steps": 4, "num_output_tokens": 9, "histogram": [2, 2]}
+    samples = [
+        Sample(number=n, turn=0, domain="code", sent_s=0.0, done_s=1.0, num_correct_drafts=2 + n, **counted)
+        for n in range(2)
+    ]
+    cell = Cell("demo", 4, 0.0, samples=samples, is_complete=True)
+    cell.summarise()
+    write_result(results / "a.json", Result(settings, [session], [cell, Cell("demo", 8, 0.0)]))
+    return tmp_path
+
+
+def test_both_documents_get_their_rows_between_the_markers_and_keep_the_rest(root: Path):
+    status = bench_table.main([], root)
+
+    readme, results = (root / "README.md").read_text(), (root / "benchmarks/RESULTS.md").read_text()
+    row = next(line for line in readme.splitlines() if "a.json" in line)
+    assert status == 0
+    assert row.startswith("| `a.json` | demo | 4 | 0 | 1.62 (")
+    assert row.endswith("| 18 |")
+    assert "### `benchmarks/results/a.json`\n`onlinespec bench accept` (2026, commit abc+)" in results
+    assert "Server: version 0.5.23." in results
+    for text in (readme, results):
+        assert text.startswith("# Title\n\n<!-- bench:begin -->\n")
+        assert text.endswith("\n<!-- bench:end -->\nbehind\n")
+        assert "old" not in text
+
+
+def test_check_changes_nothing_and_tells_which_document_is_late(root: Path, capsys):
+    bench_table.main([], root)
+    (root / "README.md").write_text(DOCUMENT)
+
+    status = bench_table.main(["--check"], root)
+
+    assert status == 1
+    assert capsys.readouterr().out.endswith("README.md: is not in step; run python benchmarks/bench_table.py\n")
+    assert (root / "README.md").read_text() == DOCUMENT
+
+
+def test_documents_in_step_pass_and_writing_again_changes_nothing(root: Path):
+    bench_table.main([], root)
+    before = (root / "README.md").read_bytes()
+
+    assert bench_table.main(["--check"], root) == 0
+    assert bench_table.main([], root) == 0
+    assert (root / "README.md").read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["none", DOCUMENT + DOCUMENT, f"{bench_table.END}\n{bench_table.BEGIN}\n"])
+def test_a_document_without_one_pair_of_markers_is_refused_by_name(root: Path, text: str):
+    (root / "README.md").write_text(text)
+
+    with pytest.raises(ValueError, match=r"README\.md: wanted one line <!-- bench:begin -->"):
+        bench_table.main(["--check"], root)
+
+
+def test_the_script_refuses_words_it_does_not_know(root: Path):
+    with pytest.raises(SystemExit, match="usage"):
+        bench_table.main(["--chekc"], root)
