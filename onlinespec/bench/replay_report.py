@@ -113,14 +113,16 @@ def _recovery(level: float, own: Sequence[ReplayRow], reference: dict[tuple[str,
 
 def table(lines: Sequence[ReplayLine]) -> Table:
     """A rich table, one row per line; recovery at the highest level, 90 % of the oracle."""
-    result = Table(title="replay; t intervals of 95 % over seeds")
-    headings = ("order", "arm", "seeds", "tokens to 90 %", "over the recipe's", "accept length at the end")
-    for heading in (*headings, "regret, accept length x 1000 tokens", "forgotten", "swaps"):
+    result = Table(
+        title="replay; t intervals of 95 % over seeds; regret: accept length short of the oracle's x 1000 tokens"
+    )
+    headings = ("order", "arm", "seeds", "tokens to 90 %", "over recipe", "final accept length")
+    for heading in (*headings, "regret", "forgotten", "swaps"):
         result.add_column(heading, justify="left" if heading in ("order", "arm") else "right")
     for line in lines:
         recovery = line.recoveries[-1]
         missed = line.num_seeds - recovery.num_reached
-        tokens = f"{recovery.tokens.mean:.0f}" + (f", at least; {missed} missed it" if missed else "")
+        tokens = f"> {recovery.tokens.mean:.0f}, {missed} missed" if missed else str(recovery.tokens)
         ratio = "-" if recovery.tokens_over_recipe is None else str(recovery.tokens_over_recipe)
         result.add_row(
             line.order,

@@ -52,11 +52,14 @@ class Recipe:
         """Until SIGTERM."""
         signal.signal(signal.SIGTERM, self._stop)
         while not self._is_stopped:
-            self._receive()
-            if self._learner.step(time.time()) is None:
-                continue
-            if self._learner.trainer.num_steps - self._swapped_at_step >= SWAP_EVERY_STEPS:
-                self._swap()
+            self.turn()
+
+    def turn(self) -> None:
+        """Take what waits, then one step where one is paid for, and the swap that is due after it."""
+        self._receive()
+        has_stepped = self._learner.step(time.time()) is not None
+        if has_stepped and self._learner.trainer.num_steps - self._swapped_at_step >= SWAP_EVERY_STEPS:
+            self._swap()
 
     def _stop(self, _number: int, _frame: object) -> None:
         self._is_stopped = True

@@ -28,7 +28,7 @@ from onlinespec.bench.stream_serve import Server, free_port, our_command, servin
 from onlinespec.bench.suites import load_suite
 from onlinespec.draft.checkpoint import write_draft
 from onlinespec.draft.start import is_fresh, read_start
-from onlinespec.errors import BenchError, WireError
+from onlinespec.errors import BenchError, OnlinespecError
 from onlinespec.paths import RunPaths
 from onlinespec.resolve import load_config
 from onlinespec.wire.messages import GetStatus, Status
@@ -68,7 +68,7 @@ class LivePlan:
 def run_live(plan: LivePlan, console: Console) -> bool:
     """Play the arms that are not complete yet; False where one failed or Ctrl-C ended it, what came being kept.
 
-    Raises: BenchError where an arm or a suite is not one; StartError where a server does not start.
+    A server that does not start or dies ends its arm alone. Raises: BenchError where an arm or a suite is not one.
     """
     arms = [parse_arm(text) for text in plan.arms or LIVE_ARMS]
     phases = [(suite, load_suite(suite, plan.num_requests, plan.seed)) for suite in plan.suites]
@@ -85,7 +85,7 @@ def run_live(plan: LivePlan, console: Console) -> bool:
 
 def _settings(plan: LivePlan) -> dict[str, Any]:
     return {
-        "target": str(plan.target),
+        "target": plan.target.name,
         "draft": plan.draft,
         "suites": list(plan.suites),
         "num_requests": plan.num_requests,
@@ -121,7 +121,7 @@ def _play_arm(
                     played.append(phase_of(name, answers, plan.window_requests))
                     answers = []
             num_swaps, error = _num_swaps(server), ""
-    except (BenchError, WireError) as failure:
+    except OnlinespecError as failure:  # of this arm; the others go on
         error = str(failure)
         console.print(f"{arm.name}: {error}; what it answered is kept, and the same command plays it again")
     finally:

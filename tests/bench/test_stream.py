@@ -174,6 +174,31 @@ def test_a_server_that_does_not_start_is_reported_with_its_last_words(tmp_path: 
         pass
 
 
+def test_an_arm_whose_server_does_not_start_is_told_of_and_the_others_go_on(tmp_path: Path, monkeypatch):
+    plan = LivePlan(tmp_path / "r.json", tmp_path, "init", ("none", "frozen"), ("demo:code",), 4, 2, 8, 1, 2)
+
+    @contextlib.contextmanager
+    def server(plan, arm, console):
+        if arm.name == "none":
+            raise StartError("no memory")
+        yield Server("http://127.0.0.1:1", None, tmp_path / "s.log")
+
+    async def drive(base_url, prompts, sampling, concurrency, on_answer):
+        for number in range(len(prompts)):
+            on_answer(ended(number + 1.0, 10, 5, 5))
+
+    monkeypatch.setattr("onlinespec.bench.stream_run.drive", drive)
+    monkeypatch.setattr("onlinespec.bench.stream_run._server", server)
+    is_whole = run_live(plan, Console(quiet=True))
+
+    rows = json.loads(plan.out.read_text())["rows"]
+    assert not is_whole
+    assert [(row["arm"], row["is_complete"], row["error"]) for row in rows] == [
+        ("none", False, "no memory"),
+        ("frozen", True, ""),
+    ]
+
+
 def test_an_arm_whose_server_dies_leaves_what_it_answered_and_is_played_again(tmp_path: Path, monkeypatch):
     answered = [ended(float(i), 10, 5, 5) for i in range(1, 5)]
     plan = LivePlan(tmp_path / "r.json", tmp_path, "init", ("frozen",), ("demo:code",), 4, 2, 8, 1, window_requests=2)
