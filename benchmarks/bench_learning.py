@@ -1,4 +1,7 @@
-"""How many tokens until the draft is good: this trainer against the usual online recipe, on recorded traffic.
+"""How many tokens until the weights in training are good: this trainer against the usual online recipe, ungated.
+
+What is in service, gate and swaps included, and more orders: `onlinespec bench stream --replay`. Here are the changes
+to the trainer.
 
 Rows of a real server (`benchmarks/record_streams.py`): code, then a shift to support. Both arms start from the
 same untrained draft and see the same requests in the same order; accept length is the walk over held-out
@@ -27,9 +30,12 @@ import torch
 from provenance import provenance
 from record_streams import read_stream
 
+from onlinespec.bench.arms import RECIPE
+from onlinespec.bench.interval import mean_interval
+from onlinespec.bench.replay import accept_length
+from onlinespec.bench.replay_gate import Shape
 from onlinespec.draft.fresh import build_fresh_draft, read_embedding
 from onlinespec.draft.model import Draft
-from onlinespec.draft.walk import walk
 from onlinespec.resolve import load_config
 from onlinespec.trainer.learner import Learner
 from onlinespec.world import WORLD
@@ -41,15 +47,6 @@ NUM_HELD_OUT = 32
 HELD_OUT_SEED = 201
 FIRST_SEED = 101
 NUM_STREAMS = 5
-RECIPE = [
-    "trainer.optimizer=adamw",
-    "trainer.unroll_steps=7",
-    "trainer.batch_requests=4",
-    "trainer.passes=1",
-    "trainer.new_task_requests=0",
-    "trainer.ema_decay=0",
-    "buffer.replay_frac=0",
-]
 ARMS = {
     "onlinespec": [],
     "recipe": RECIPE,
@@ -71,17 +68,14 @@ class Stream:
 
     def __init__(self, overrides, seed, held_out):
         self.config = load_config([], [*overrides, f"trainer.seed={seed}"])
-        self.draft_config, weights = build_fresh_draft(WORLD, self.config.trainer.seed)
-        self.embed_VD = read_embedding(WORLD).float()
-        self.learner = Learner(self.config, self.draft_config, weights, self.embed_VD)
+        draft_config, weights = build_fresh_draft(WORLD, self.config.trainer.seed)
+        self.shape = Shape(draft_config, read_embedding(WORLD).float(), NUM_DRAFT_STEPS)
+        self.learner = Learner(self.config, draft_config, weights, self.shape.embed_VD)
         self.held_out, self.cpu_s = held_out, 0.0
 
     def accept_length(self, domain):
-        draft, tokens, steps = Draft(self.draft_config, self.learner.trainer.weights()), 0, 0
-        for sample in self.held_out[domain]:
-            found = walk(draft, sample, self.embed_VD, NUM_DRAFT_STEPS)
-            tokens, steps = tokens + sum(found.num_committed), steps + len(found)
-        return tokens / steps
+        draft = Draft(self.shape.draft_config, self.learner.trainer.weights())
+        return accept_length(draft, self.held_out[domain], self.shape)
 
     def play(self, domain, samples, phase_tokens):
         """[(answer tokens seen in this phase, accept length)]."""
@@ -144,12 +138,8 @@ def tokens_to(curve, wanted):
 
 def interval(values):
     """Mean and a t interval of 95 % over the seeds."""
-    if len(values) < 2:
-        return [round(values[0], 3), None, None]
-    t = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}[len(values)]
-    half = t * statistics.stdev(values) / len(values) ** 0.5
-    mean = statistics.mean(values)
-    return [round(mean, 3), round(mean - half, 3), round(mean + half, 3)]
+    found = mean_interval(values)
+    return [value if value is None else round(value, 3) for value in (found.mean, found.low, found.high)]
 
 
 def is_whole(by, arm, seed):

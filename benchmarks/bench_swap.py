@@ -4,17 +4,14 @@ Answers stream to `openai` clients in a process of their own, each user asking a
 to and fro at uneven times; then a switchback between them runs with short blocks. A gap is the time between two
 chunks of a stream (a chunk is what a verify step committed); it is at a swap where it meets the time from the order
 to its ack, and at a change of the switchback where it meets the first decode step after the end of a pair's first
-block, whose successor is always the other draft's. In decode steps: over the median gap of that load. How unusual the
-gaps at the swaps are: all their times are moved together along the recording, round its end, to random places, and
-the longest gap and the mean over swaps of the longest gap are taken there; told is the share of places where they are
-at least as long. The machine is shared, so read ratios within a run.
+block, whose successor is always the other draft's. What is told of them: `onlinespec/bench/overhead_gaps.py`. The
+machine is shared, so read ratios within a run.
 
 Run: python benchmarks/bench_swap.py OUT.json --streams 1 16; the rows of another run join OUT.json.
 """
 
 import argparse
 import asyncio
-import itertools
 import json
 import multiprocessing
 import random
@@ -28,6 +25,7 @@ import torch
 from live import LiveServer, serving, until
 from provenance import provenance
 
+from onlinespec.bench.overhead_gaps import Window, compare, gaps_of
 from onlinespec.demo.run import free_port
 from onlinespec.draft.checkpoint import read_draft
 from onlinespec.draft.header import digest
@@ -39,12 +37,6 @@ from onlinespec.world.corpus import prompts
 MAX_TOKENS = 256
 BLOCK_STEPS = 8
 SETTLE_S = 5.0
-NUM_PLACES = 5000
-BIN_S = 0.002
-QUANTILES = (0.5, 0.9, 0.99, 1.0)
-
-Window = tuple[float, float]
-"""begin and end on the monotonic clock, which all processes of a machine share"""
 
 
 def stream_answers(base_url: str, num_streams: int, stopping, out) -> None:
@@ -126,61 +118,6 @@ def switchback(server: LiveServer, candidate: int, seconds: float) -> Window:
     time.sleep(seconds)
     control.acknowledged(StopSwitchback())
     return began_s, time.monotonic()
-
-
-def gaps_of(answers: list[list[float]], span: Window) -> np.ndarray:
-    """Begin and end of every gap within the span. Shapes: [G, 2]."""
-    pairs = [pair for chunk_s in answers for pair in itertools.pairwise(chunk_s)]
-    gaps = np.array(pairs)
-    return gaps[(gaps[:, 0] >= span[0]) & (gaps[:, 1] <= span[1])]
-
-
-def compare(gaps: np.ndarray, windows: list[Window], span: Window) -> dict:
-    """Gaps that meet a window against all others, in ms and decode steps."""
-    length_s = gaps[:, 1] - gaps[:, 0]
-    is_at = np.zeros(len(gaps), dtype=bool)
-    for began_s, ended_s in windows:
-        is_at |= (gaps[:, 1] >= began_s) & (gaps[:, 0] <= ended_s)
-    step_s = float(np.median(length_s))
-    longest, mean, num_met = places(gaps, windows, span)
-    return {
-        "windows": len(windows),
-        "windows_met": num_met,
-        "step_ms": round(1e3 * step_s, 2),
-        "at": figures(length_s[is_at], step_s),
-        "away": figures(length_s[~is_at], step_s),
-        "share_of_places_with_as_long_a_longest_gap": longest,
-        "share_of_places_with_as_long_a_mean_of_longest_gaps": mean,
-    }
-
-
-def figures(length_s: np.ndarray, step_s: float) -> dict:
-    found = np.quantile(length_s, QUANTILES)
-    names = ["median", "90 %", "99 %", "longest"]
-    return {
-        "gaps": len(length_s),
-        "ms": {name: round(1e3 * float(value), 1) for name, value in zip(names, found, strict=True)},
-        "decode_steps": {name: round(float(value) / step_s, 2) for name, value in zip(names, found, strict=True)},
-    }
-
-
-def places(gaps: np.ndarray, windows: list[Window], span: Window) -> tuple[float, float, int]:
-    """See the module's docstring: share for the longest gap, for the mean of longest ones; windows that meet a gap."""
-    num_bins = int((span[1] - span[0]) / BIN_S) + 1
-    longest = np.zeros(num_bins)
-    for began_s, ended_s in gaps:
-        first, last = int((began_s - span[0]) / BIN_S), int((ended_s - span[0]) / BIN_S) + 1
-        np.maximum(longest[first:last], ended_s - began_s, out=longest[first:last])
-    bins = [np.arange(int((a - span[0]) / BIN_S), int((b - span[0]) / BIN_S) + 1) for a, b in windows]
-
-    def at(offset: int) -> np.ndarray:
-        return np.array([longest[(own + offset) % num_bins].max() for own in bins])
-
-    here, rng = at(0), np.random.default_rng(1)
-    there = [at(int(offset)) for offset in rng.integers(1, num_bins, NUM_PLACES)]
-    share_longest = np.mean([found.max() >= here.max() for found in there])
-    share_mean = np.mean([found.mean() >= here.mean() for found in there])
-    return round(float(share_longest), 4), round(float(share_mean), 4), int((here > 0).sum())
 
 
 def run_load(server: LiveServer, second: int, num_streams: int, num_swaps: int, switchback_s: float) -> list[dict]:

@@ -49,7 +49,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serve": {"errors", "config", "resolve", "paths", "wire", "support", "launch", "cpu", "versions", "plugin"}
     | {"provision"},
     "doctor": {"errors", "plugin"},
-    "bench": {"errors", "paths", "launch", "world"},
+    "bench": {"errors", "config", "resolve", "paths", "wire", "launch", "cpu", "draft", "trainer", "gate", "versions"}
+    | {"record", "watch", "intake", "provision", "operate", "world"},
     "demo": {"errors", "resolve", "paths", "wire", "launch", "versions", "operate", "bench", "world"},
     "cli": {
         "errors",

@@ -5,6 +5,11 @@ from typing import Annotated
 
 import typer
 
+ConfigFiles = Annotated[list[Path] | None, typer.Option("--config", help="YAML file; may be given several times.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.field=value; may be given several times.")]
+Users = Annotated[int, typer.Option(help="Users at a time.", min=1)]
+Target = Annotated[str, typer.Option(help="A model directory or Hugging Face id; `demo`: the demo world's.")]
+DEMO = "demo"
 app = typer.Typer(no_args_is_help=True, help="Measure a running server.")
 
 SUITES = (
@@ -82,3 +87,99 @@ def compare(
         typer.echo(to_json(found))
     else:
         Console().print(compare_table(found))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def stream(
+    context: typer.Context,
+    json: Annotated[Path, typer.Option(help="Where the result goes; the same command goes on where it ends.")],
+    replay: Annotated[list[str] | None, typer.Option(help="Recordings, [DOMAIN=]DIRECTORY each. None: live.")] = None,
+    target: Target = DEMO,
+    draft: Annotated[str, typer.Option(help="Directory, `init`; in a replay `first`: fits the first domain.")] = "init",
+    arms: Annotated[str, typer.Option(help="Separated by semicolons; settings may follow a name.")] = "",
+    orders: Annotated[str, typer.Option(help="Replay: abrupt,gradual,recurring,bursts or some.")] = "abrupt",
+    seeds: Annotated[int, typer.Option(help="Replay: 0 to this, less one.", min=1)] = 5,
+    tokens: Annotated[int, typer.Option(help="Replay: answer tokens of each domain.", min=100)] = 32_000,
+    oracle_passes: Annotated[int, typer.Option(help="Replay: over a domain, for its oracle.", min=1)] = 3,
+    phase: Annotated[list[str] | None, typer.Option(help="Live: suites as for `accept`, in order.")] = None,
+    requests: Annotated[int, typer.Option(help="Live: of each phase.", min=2)] = 300,
+    concurrency: Users = 4,
+    max_tokens: Annotated[int, typer.Option(help="Live.", min=2)] = 200,
+    window: Annotated[int, typer.Option(help="Live: answers that are compared as one.", min=1)] = 20,
+    seed: Annotated[int, typer.Option(help="Live: of the demo's prompts.")] = 1,
+    draft_steps: Annotated[int, typer.Option(help="Draft tokens per verify step.", min=1, max=8)] = 3,
+    config: ConfigFiles = None,
+    override: Overrides = None,
+) -> None:
+    """How fast accept length comes back after traffic moved: onlinespec beside a frozen draft and the usual recipe.
+
+    Live, each arm has a server of its own, one after another; other flags go to SGLang as they are. With --replay,
+    recorded requests come again: more arms, orders and seeds, without a server.
+    """
+    from rich.console import Console
+
+    from onlinespec.bench.replay_run import ReplayPlan, run_replay
+    from onlinespec.bench.stream_run import LivePlan, run_live
+
+    names = tuple(arms.split(";")) if arms else ()
+    settings = tuple(config or ()), tuple(override or ())
+    if replay and context.args:
+        raise typer.BadParameter(f"{context.args[0]}: a replay has no server to give it to")
+    if replay:
+        chosen = (names, tuple(orders.split(",")), tuple(range(seeds)), tokens, draft_steps, oracle_passes)
+        has_ended = run_replay(ReplayPlan(tuple(replay), _model(target), json, draft, *chosen, *settings), Console())
+    else:
+        suites = tuple(phase or ("demo:code", "demo:support"))
+        sent = (suites, requests, concurrency, max_tokens, seed, window, draft_steps)
+        plan = LivePlan(json, _model(target), draft, names, *sent, *settings, flags=tuple(context.args))
+        has_ended = run_live(plan, Console())
+    raise typer.Exit(0 if has_ended else 1)
+
+
+def _model(target: str) -> Path:
+    from onlinespec.provision import resolve_model
+    from onlinespec.world import WORLD
+
+    return WORLD if target == DEMO else resolve_model(target)
+
+
+@app.command()
+def overhead(
+    json: Annotated[Path, typer.Option(help="Where the result goes, a plot beside it; must not be there yet.")],
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", help="Of a running `onlinespec serve`; left out, one is started.")
+    ] = None,
+    target: Target = DEMO,
+    draft: Annotated[str, typer.Option(help="Of the server that is started.")] = "init",
+    suite: Annotated[str, typer.Option(help="As for `accept`.")] = "demo",
+    pairs: Annotated[int, typer.Option(help="Of blocks: each has all three states.", min=2)] = 20,
+    block_seconds: Annotated[float, typer.Option(help="Of one block.", min=1.0)] = 8.0,
+    swaps: Annotated[int, typer.Option(help="Of the draft in service for itself, for their gaps.", min=0)] = 20,
+    concurrency: Users = 4,
+    max_tokens: Annotated[int, typer.Option(min=2)] = 200,
+    config: ConfigFiles = None,
+    override: Overrides = None,
+) -> None:
+    """What the tap, and training beside it, cost: tokens/s and token gaps of one server, switched in ABBA blocks.
+
+    The server's draft stays pinned meanwhile. A given server is left as it was.
+    """
+    from rich.console import Console
+
+    from onlinespec.bench.overhead_run import OverheadPlan, run_overhead
+
+    plan = OverheadPlan(
+        out=json,
+        run_dir=run_dir,
+        target=_model(target),
+        draft=draft,
+        suite=suite,
+        num_pairs=pairs,
+        block_s=block_seconds,
+        num_swaps=swaps,
+        num_users=concurrency,
+        max_tokens=max_tokens,
+        config_files=tuple(config or ()),
+        overrides=tuple(override or ()),
+    )
+    raise typer.Exit(0 if run_overhead(plan, Console()) else 1)

@@ -54,14 +54,17 @@ class Provenance(msgspec.Struct, frozen=True):
 
 
 def provenance(base_url: str, run_dir: Path | None) -> Provenance:
-    """Raises: BenchError where run_dir is another server's; StartError where it is no run directory."""
+    """base_url: empty where there is no one server.
+
+    Raises: BenchError where run_dir is another server's; StartError where it is no run directory.
+    """
     return Provenance(
         time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         commit=commit(),
         versions={name: _version(name) for name in PACKAGES},
         machine=machine(),
-        server=server_info(base_url),
+        server=server_info(base_url) if base_url else {},
         config_digest=None if run_dir is None else _config_digest(base_url, run_dir),
     )
 

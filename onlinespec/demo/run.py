@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from rich.live import Live
 
 import onlinespec
 from onlinespec.bench.client import Sampling
+from onlinespec.bench.stream_serve import free_port
 from onlinespec.demo.plot import plot
 from onlinespec.demo.result import Result, build_result, checks
 from onlinespec.demo.screen import Screen, final
@@ -68,12 +68,6 @@ def serve_command(paths: RunPaths, port: int, overrides: Sequence[str]) -> list[
     sets = [part for override in overrides for part in ("--set", override)]
     flags = ["--port", str(port), "--random-seed", "1", "--log-level", "warning"]
     return [sys.executable, "-m", "onlinespec.cli", "serve", str(WORLD), *ours, *sets, *flags]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_ready(paths: RunPaths, server: subprocess.Popen, console: Console) -> None:

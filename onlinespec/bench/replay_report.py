@@ -1,0 +1,138 @@
+"""Replay rows by arm and order, over seeds: intervals, and the ratio to the recipe on the same streams."""
+
+import statistics
+from collections.abc import Sequence
+
+import msgspec
+from rich.table import Table
+
+from onlinespec.bench.interval import Interval, mean_interval, ratio_interval
+from onlinespec.bench.replay import RECOVERY_LEVELS, Recovery, ReplayRow
+
+REFERENCE = "recipe"
+
+
+class RecoveryLine(msgspec.Struct, frozen=True):
+    """Recovery of the shift domain to one level, over seeds.
+
+    A seed that did not get there counts with all that came, so tokens, and a ratio below it, are then bounds.
+    """
+
+    level: float
+    num_reached: int
+    """seeds"""
+    tokens: Interval
+    requests: Interval
+    tokens_over_recipe: Interval | None
+    """paired by seed; None without a recipe, where this arm missed it in a seed, or where one had it at once"""
+    is_at_most: bool
+    """the recipe missed it in a seed: the true ratio is lower"""
+
+
+class ReplayLine(msgspec.Struct, frozen=True):
+    """One arm in one order. Accept lengths in tokens per verify step; see `replay.DomainResult` for the rest."""
+
+    arm: str
+    order: str
+    num_seeds: int
+    shift: str
+    """the domain that came last, whose recovery is told"""
+    recoveries: tuple[RecoveryLine, ...]
+    oracle: float
+    """of the shift domain"""
+    final: Interval
+    """accept length on the shift domain at the end"""
+    regret_area: Interval
+    """over all domains"""
+    forgotten: Interval
+    """mean over the other domains"""
+    swaps: Interval
+    training_cpu_s: Interval
+
+
+def shift_of(row: ReplayRow) -> str:
+    """The domain that came into the stream last."""
+    return list(dict.fromkeys(name for name, _, _ in row.begins))[-1]
+
+
+def summarise_rows(rows: Sequence[ReplayRow]) -> list[ReplayLine]:
+    """One line per order and arm, in order of first appearance."""
+    keys = dict.fromkeys((row.order, row.arm) for row in rows)
+    return [_line([row for row in rows if (row.order, row.arm) == key], rows) for key in keys]
+
+
+def _line(own: Sequence[ReplayRow], rows: Sequence[ReplayRow]) -> ReplayLine:
+    reference = {(row.order, row.seed): row for row in rows if row.arm == REFERENCE}
+    shift = shift_of(own[0])
+    ends = [row.domains[shift] for row in own]
+    return ReplayLine(
+        arm=own[0].arm,
+        order=own[0].order,
+        num_seeds=len(own),
+        shift=shift,
+        recoveries=tuple(_recovery(level, own, reference) for level in RECOVERY_LEVELS),
+        oracle=ends[0].oracle,
+        final=_mean([end.final for end in ends]),
+        regret_area=_mean([sum(result.regret_area for result in row.domains.values()) for row in own]),
+        forgotten=_mean(
+            [statistics.fmean(result.forgotten for name, result in row.domains.items() if name != shift) for row in own]
+        ),
+        swaps=_mean([row.num_swaps for row in own]),
+        training_cpu_s=_mean([row.training_cpu_s for row in own]),
+    )
+
+
+def _mean(values: Sequence[float]) -> Interval:
+    found = mean_interval(values)
+    assert found is not None, "a line has a row"
+    return found
+
+
+def _recovery_of(row: ReplayRow, level: float) -> Recovery:
+    return next(found for found in row.domains[shift_of(row)].recoveries if found.level == level)
+
+
+def _recovery(level: float, own: Sequence[ReplayRow], reference: dict[tuple[str, int], ReplayRow]) -> RecoveryLine:
+    found = [_recovery_of(row, level) for row in own]
+    pairs = [
+        (mine, _recovery_of(reference[row.order, row.seed], level))
+        for row, mine in zip(own, found, strict=True)
+        if (row.order, row.seed) in reference
+    ]
+    is_fit = all(mine.is_reached and mine.num_tokens and theirs.num_tokens for mine, theirs in pairs)
+    ratio = ratio_interval([a.num_tokens for a, _ in pairs], [b.num_tokens for _, b in pairs]) if is_fit else None
+    return RecoveryLine(
+        level=level,
+        num_reached=sum(one.is_reached for one in found),
+        tokens=_mean([one.num_tokens for one in found]),
+        requests=_mean([one.num_requests for one in found]),
+        tokens_over_recipe=ratio,
+        is_at_most=ratio is not None and not all(theirs.is_reached for _, theirs in pairs),
+    )
+
+
+def table(lines: Sequence[ReplayLine]) -> Table:
+    """A rich table, one row per line; recovery at the highest level, 90 % of the oracle."""
+    result = Table(
+        title="replay; t intervals of 95 % over seeds; regret: accept length short of the oracle's x 1000 tokens"
+    )
+    headings = ("order", "arm", "seeds", "tokens to 90 %", "over recipe", "final accept length")
+    for heading in (*headings, "regret", "forgotten", "swaps"):
+        result.add_column(heading, justify="left" if heading in ("order", "arm") else "right")
+    for line in lines:
+        recovery = line.recoveries[-1]
+        missed = line.num_seeds - recovery.num_reached
+        tokens = f"> {recovery.tokens.mean:.0f}, {missed} missed" if missed else str(recovery.tokens)
+        ratio = "-" if recovery.tokens_over_recipe is None else str(recovery.tokens_over_recipe)
+        result.add_row(
+            line.order,
+            line.arm,
+            str(line.num_seeds),
+            tokens,
+            f"at most {ratio}" if recovery.is_at_most else ratio,
+            f"{line.final} of {line.oracle:.3g}",
+            str(line.regret_area),
+            str(line.forgotten),
+            f"{line.swaps.mean:.0f}",
+        )
+    return result
