@@ -60,7 +60,7 @@ def provenance(base_url: str, run_dir: Path | None) -> Provenance:
     """
     return Provenance(
         time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=shlex.join(["onlinespec", *sys.argv[1:]]),
         commit=commit(),
         versions={name: _version(name) for name in PACKAGES},
         machine=machine(),

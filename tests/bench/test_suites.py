@@ -2,12 +2,15 @@
 
 import gzip
 import json
+import re
 from itertools import islice
 from pathlib import Path
 
 import pytest
 
+from onlinespec.bench.app import SUITES
 from onlinespec.bench.client import Prompt
+from onlinespec.bench.formats import FORMATS
 from onlinespec.bench.suites import load_suite
 from onlinespec.errors import BenchError
 from onlinespec.world.corpus import DOMAINS, prompts
@@ -187,3 +190,9 @@ def test_what_is_no_list_of_chats_is_refused(write):
 def test_random_tokens_are_refused_with_the_reason(name: str):
     with pytest.raises(BenchError, match=r"random tokens are no language"):
         load_suite(name, 10, seed=0)
+
+
+def test_the_help_names_every_benchmark_that_can_be_read():
+    told = re.findall(r"[\w-]+", SUITES)
+
+    assert set(FORMATS) <= set(told)
