@@ -3,38 +3,73 @@
     python benchmarks/bench_table.py            # writes both between their marker lines
     python benchmarks/bench_table.py --check    # changes nothing; status 1 where a document is not in step
 
-Every `benchmarks/results/*.json` of kind "bench accept" is read, in order of name. RESULTS.md gets a part per file
-with the command that made it, README.md one table of all of them.
+Every `benchmarks/results/*.json` that a bench of ours wrote is read, in order of name. RESULTS.md gets a part per file
+with the command that made it; README.md the newest live stream by arm, the newest overhead in a sentence, and all
+acceptance runs in a table.
 """
 
 import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from bench_parts import (  # found by the line above
+    DASH,
+    markdown,
+    overhead_part,
+    overhead_readme,
+    replay_part,
+    stream_part,
+    stream_readme,
+)
 
 from onlinespec.bench.result import Result, read_result
 from onlinespec.bench.summary import Summary
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-_DASH = "-"
+LIVE, REPLAY, OVERHEAD, ACCEPT = "bench stream, live", "bench stream, replay", "bench overhead", "bench accept"
+OTHER_PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
+    LIVE: stream_part,
+    REPLAY: replay_part,
+    OVERHEAD: overhead_part,
+}
+Found = dict[str, "Result | dict[str, Any]"]
+"""by path from the root; a dict of another bench than accept"""
 
 
-def results(root: Path) -> dict[str, Result]:
+def results(root: Path) -> Found:
     """By path from the root."""
-    paths = sorted((root / "benchmarks" / "results").glob("*.json"))
-    ours = [path for path in paths if _kind(path) == "bench accept"]
-    return {path.relative_to(root).as_posix(): read_result(path) for path in ours}
+    found: Found = {}
+    for path in sorted((root / "benchmarks" / "results").glob("*.json")):
+        content = json.loads(path.read_bytes())
+        kind = content.get("kind") if isinstance(content, dict) else None
+        if kind == ACCEPT:
+            found[path.relative_to(root).as_posix()] = read_result(path)
+        elif kind in OTHER_PARTS:
+            found[path.relative_to(root).as_posix()] = content
+    return found
 
 
-def _kind(path: Path) -> object:
-    found = json.loads(path.read_bytes())
-    return found.get("kind") if isinstance(found, dict) else None
+def accepts(found: Found) -> dict[str, Result]:
+    return {name: result for name, result in found.items() if isinstance(result, Result)}
 
 
-def results_part(found: dict[str, Result]) -> str:
-    """For RESULTS.md: each file, its commands, and a row per domain of each cell."""
-    return "\n\n".join(_file_part(name, result) for name, result in found.items())
+def newest(found: Found, kind: str) -> dict[str, Any] | None:
+    of_kind = [result for result in found.values() if isinstance(result, dict) and result["kind"] == kind]
+    return of_kind[-1] if of_kind else None
+
+
+def results_part(found: Found) -> str:
+    """For RESULTS.md: a part per file."""
+    return "\n\n".join(
+        _file_part(name, result)
+        if isinstance(result, Result)
+        else f"### `{name}`: {result['kind']}\n{OTHER_PARTS[result['kind']](result)}"
+        for name, result in found.items()
+    )
 
 
 def _file_part(name: str, result: Result) -> str:
@@ -52,7 +87,7 @@ def _file_part(name: str, result: Result) -> str:
             f"{row.num_requests - row.num_failed} of {row.num_requests}",
             _length(row),
             _number(row.accept_length_truncated, ".2f"),
-            " ".join(f"{share:.2f}" for share in row.position_acceptance) or _DASH,
+            " ".join(f"{share:.2f}" for share in row.position_acceptance) or DASH,
             _number(row.tokens_per_s, ".0f"),
             f"{_number(row.ttft_p50_s, '.0f', 1000)} / {_number(row.ttft_p99_s, '.0f', 1000)}",
             f"{_number(row.token_p50_s, '.1f', 1000)} / {_number(row.token_p99_s, '.1f', 1000)}",
@@ -73,11 +108,16 @@ def _file_part(name: str, result: Result) -> str:
         "TTFT p50 / p99 ms",
         "per token p50 / p99 ms",
     )
-    return f"### `{name}`\n{commands}\n\nServer: {told}.\n\n{_table(headings, rows)}"
+    return f"### `{name}`\n{commands}\n\nServer: {told}.\n\n{markdown(headings, rows)}"
 
 
-def readme_part(found: dict[str, Result]) -> str:
-    """For README.md: a row per cell."""
+def readme_part(found: Found) -> str:
+    """For README.md."""
+    parts = []
+    if (live := newest(found, LIVE)) is not None:
+        parts.append(stream_readme(live))
+    if (overhead := newest(found, OVERHEAD)) is not None:
+        parts.append(overhead_readme(overhead))
     rows = [
         (
             f"`{Path(name).name}`",
@@ -87,15 +127,13 @@ def readme_part(found: dict[str, Result]) -> str:
             _length(cell.rows[-1]),
             _number(cell.rows[-1].tokens_per_s, ".0f"),
         )
-        for name, result in found.items()
+        for name, result in accepts(found).items()
         for cell in result.cells
         if cell.rows
     ]
-    return _table(("result", "suite", "users", "temperature", "accept length (95 %)", "tokens/s"), rows)
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(headings), *rows))
+    if rows:
+        parts.append(markdown(("result", "suite", "users", "temperature", "accept length (95 %)", "tokens/s"), rows))
+    return "\n\n".join(parts)
 
 
 def _length(row: Summary) -> str:
@@ -105,10 +143,10 @@ def _length(row: Summary) -> str:
 
 
 def _number(value: float | None, spec: str, scale: float = 1) -> str:
-    return _DASH if value is None else format(value * scale, spec)
+    return DASH if value is None else format(value * scale, spec)
 
 
-PARTS: dict[str, Callable[[dict[str, Result]], str]] = {
+PARTS: dict[str, Callable[[Found], str]] = {
     "benchmarks/RESULTS.md": results_part,
     "README.md": readme_part,
 }

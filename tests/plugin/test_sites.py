@@ -115,7 +115,7 @@ def test_a_changed_source_is_refused_with_its_site_and_both_fingerprints(edit):
 def test_a_symbol_that_is_gone_is_refused_with_its_site_and_file(edit):
     root = edit("srt/speculative/eagle_worker_common.py", "def run_eagle_verify(", "def run_eagle_verify_v3(")
 
-    with pytest.raises(SiteError, match=r"site verify: run_eagle_verify is not in srt/speculative/.* of SGLang"):
+    with pytest.raises(SiteError, match=r"site verify_rows: run_eagle_verify is not in srt/speculative/.* of SGLang"):
         check_sites(VERSION, root)
 
 
