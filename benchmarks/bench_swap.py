@@ -53,7 +53,7 @@ async def _stream(base_url: str, num_streams: int, stopping) -> list[list[float]
             while not stopping.is_set():
                 answers.append(chunk_s := [])
                 stream = await client.chat.completions.create(
-                    model=str(WORLD),
+                    model=(await client.models.list()).data[0].id,
                     messages=[{"role": "user", "content": next(questions)}],
                     temperature=0.0,
                     max_tokens=MAX_TOKENS,
@@ -175,9 +175,11 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--swaps", type=int, default=40)
     parser.add_argument("--switchback-seconds", type=float, default=60)
+    parser.add_argument("--target", default=str(WORLD))
+    parser.add_argument("--draft", default="init")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    with serving(free_port()) as server:
+    with serving(free_port(), draft=options.draft, target=options.target) as server:
         run(options.out, server, options.streams, options.swaps, options.switchback_seconds)
 
 

@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import openai
 
@@ -57,7 +58,9 @@ class LiveServer:
 
 
 @contextlib.contextmanager
-def serving(port: int, sets: Sequence[str] = (), draft: str = "init") -> Iterator[LiveServer]:
+def serving(
+    port: int, sets: Sequence[str] = (), draft: str = "init", target: str | Path = WORLD
+) -> Iterator[LiveServer]:
     """Boot, yield, stop; a SIGTERM to us ends the server too."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="osb-") as root:
@@ -66,7 +69,7 @@ def serving(port: int, sets: Sequence[str] = (), draft: str = "init") -> Iterato
         flags = ["--port", str(port), "--random-seed", "1", "--log-level", "warning"]
         ours = ["--draft", draft, "--run-dir", root, "--set", "supervisor.sidecar=false"]
         ours += [part for value in sets for part in ("--set", value)]
-        command = [sys.executable, "-m", "onlinespec.cli", "serve", str(WORLD), *ours, *flags]
+        command = [sys.executable, "-m", "onlinespec.cli", "serve", str(target), *ours, *flags]
         with paths.log.open("wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:

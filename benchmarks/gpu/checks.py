@@ -9,7 +9,9 @@ Run: python benchmarks/gpu/checks.py OUT [--only closes rows ...] [--dry-run]
 
 import argparse
 import importlib.util
+import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +27,7 @@ sys.path.insert(0, str(HERE.parent))
 from provenance import provenance  # noqa: E402 - found by the line above
 
 PYTHON = sys.executable
+WIDE = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
 SHAPES_GB = 20
 
 
@@ -141,6 +144,16 @@ def unresolved(check: Check) -> list[str]:
     return sorted(word for word in given if not word.startswith("OUT/") and not (ROOT / word).exists())
 
 
+def unknown_options(command: tuple[str, ...]) -> list[str]:
+    """Options of a command of ours that its own help does not name."""
+    options = [word for word in command if word.startswith("--")]
+    if "pytest" in command or not options:
+        return []
+    words = list(itertools.takewhile(lambda word: not word.startswith(("--", "OUT")), command))
+    said = subprocess.run([*words, "--help"], cwd=ROOT, capture_output=True, text=True, env=WIDE).stdout
+    return [f"{' '.join(words[1:])} has no {option}" for option in options if option not in said]
+
+
 def run(check: Check, out: Path) -> dict[str, object]:
     """Every command of a check, whatever becomes of the one before."""
     began_s = time.monotonic()
@@ -150,7 +163,9 @@ def run(check: Check, out: Path) -> dict[str, object]:
             command = [word.replace("OUT", str(out)) if word.startswith("OUT") else word for word in words]
             left_s = check.limit_s - (time.monotonic() - began_s)
             try:
-                done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=max(1, left_s))
+                done = subprocess.run(
+                    command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=max(1, left_s), env=WIDE
+                )
                 statuses.append(done.returncode)
             except subprocess.TimeoutExpired:
                 statuses.append("over the time limit")
@@ -190,6 +205,7 @@ def dry_run(checks: list[Check]) -> int:
         for command in check.commands:
             print("  " + " ".join(command).replace(PYTHON, "python"))
         missing += [f"{check.name}: {word} is not here" for word in unresolved(check)]
+        missing += [f"{check.name}: {told}" for command in check.commands for told in unknown_options(command)]
     for line in missing:
         print(line)
     return 1 if missing else 0
