@@ -49,11 +49,13 @@ async def _stream(base_url: str, num_streams: int, stopping) -> list[list[float]
     questions = prompts("code", num_streams)
     async with openai.AsyncOpenAI(base_url=f"{base_url}/v1", api_key="none", timeout=600) as client:
 
+        model = (await client.models.list()).data[0].id
+
         async def user() -> None:
             while not stopping.is_set():
                 answers.append(chunk_s := [])
                 stream = await client.chat.completions.create(
-                    model=(await client.models.list()).data[0].id,
+                    model=model,
                     messages=[{"role": "user", "content": next(questions)}],
                     temperature=0.0,
                     max_tokens=MAX_TOKENS,

@@ -137,10 +137,11 @@ def test_record_keeps_training_rows_on_disk_and_train_learns_from_them_without_t
 def test_bench_accept_reads_the_servers_counters_and_writes_json(product, tmp_path):
     out = tmp_path / "bench.json"
 
-    done = command("bench", "accept", "--base-url", product.base_url, "--requests", "8", "--out", str(out))
+    done = command("bench", "accept", "--base-url", product.base_url, "--requests", "8", "--json", str(out))
 
-    rows = json.loads(out.read_text())["rows"]
     assert done.returncode == 0, done.stderr
+    (cell,) = json.loads(out.read_text())["cells"]
+    rows = cell["rows"]
     assert [row["name"] for row in rows][-1] == "all"
     assert rows[-1]["num_requests"] == 8
     assert rows[-1]["num_failed"] == 0
