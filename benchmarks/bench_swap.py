@@ -48,7 +48,6 @@ async def _stream(base_url: str, num_streams: int, stopping) -> list[list[float]
     answers: list[list[float]] = []
     questions = prompts("code", num_streams)
     async with openai.AsyncOpenAI(base_url=f"{base_url}/v1", api_key="none", timeout=600) as client:
-
         model = (await client.models.list()).data[0].id
 
         async def user() -> None:
