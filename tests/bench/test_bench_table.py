@@ -96,3 +96,7 @@ def test_a_document_without_one_pair_of_markers_is_refused_by_name(root: Path, t
 def test_the_script_refuses_words_it_does_not_know(root: Path):
     with pytest.raises(SystemExit, match="usage"):
         bench_table.main(["--chekc"], root)
+
+
+def test_the_documents_of_this_checkout_are_in_step_with_its_results():
+    assert bench_table.main(["--check"]) == 0
