@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -193,7 +194,15 @@ def test_a_pause_between_two_sessions_is_not_in_the_speed(server: StandIn, promp
     assert kept <= later < kept + 5
 
 
-def test_ctrl_c_keeps_what_was_measured_and_says_so(server: StandIn, prompts: Path):
+@pytest.fixture
+def terminal() -> Iterator[None]:
+    """Ctrl-C as at a terminal: a shell starts what it puts in the background with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_keeps_what_was_measured_and_says_so(server: StandIn, prompts: Path, terminal):
     wanted = plan(server, prompts, concurrencies=[1, 2])
     server.interrupts_at = 1 + 3
 
