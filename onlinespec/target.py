@@ -12,10 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from onlinespec.draft.fresh import read_embedding
-from onlinespec.wire.messages import ExportEmbedding, GetStatus, Status
+from onlinespec.wire.messages import EMBEDDING_TENSOR, ExportEmbedding, GetStatus, Status
 from onlinespec.wire.sockets import ControlClient
-
-_TENSOR = "embed_tokens.weight"
 
 
 class ServedTarget:
@@ -51,7 +49,7 @@ class ServedTarget:
         """Into embed_VD. What was wrong; empty where nothing was."""
         files = sorted(self._exported.glob("*.safetensors"))
         try:
-            parts = [load_file(file)[_TENSOR] for file in files]
+            parts = [load_file(file)[EMBEDDING_TENSOR] for file in files]
         except (OSError, SafetensorError, KeyError) as error:
             return f"the exported table cannot be read: {error}"
         rows, widths = sum(len(part) for part in parts), {part.shape[1] for part in parts}

@@ -12,9 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from onlinespec.errors import SwapError
-from onlinespec.wire.messages import ExportEmbedding
-
-TENSOR = "embed_tokens.weight"
+from onlinespec.wire.messages import EMBEDDING_TENSOR, ExportEmbedding
 
 
 class EmbeddingExport:
@@ -40,7 +38,7 @@ class EmbeddingExport:
 
     def _write(self, rows_nD: torch.Tensor, file: Path) -> None:
         try:
-            save_file({TENSOR: rows_nD}, file)
+            save_file({EMBEDDING_TENSOR: rows_nD}, file)
         except (OSError, SafetensorError) as error:  # safetensors does not tell a full disk as an OSError
             self._error = f"{file}: {error}"
 

@@ -7,7 +7,6 @@ one chunk of one row into registers and leaves its k largest and its own logsume
 [M, C * k]. A chunk has at least k tokens, so that no made-up id can be among the k of the row.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +24,6 @@ class Teacher:
     ids_Mk: torch.Tensor
     logits_Mk: torch.Tensor
     lse_M: torch.Tensor
-
-    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Teacher":
-        return Teacher(change(self.ids_Mk), change(self.logits_Mk), change(self.lse_M))
 
     @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -210,11 +210,15 @@ class SetDepth(msgspec.Struct, tag=True, frozen=True):
     num_steps: Annotated[int, msgspec.Meta(ge=0, le=64)]
 
 
+EMBEDDING_TENSOR = "embed_tokens.weight"
+"""its name in what `ExportEmbedding` writes"""
+
+
 class ExportEmbedding(msgspec.Struct, tag=True, frozen=True):
     """Write the target's embedding table as it is now, which the draft reads too.
 
     Every rank writes its rows of the vocabulary, [V, D] in all, into one safetensors file of the directory, named so
-    that the files sort in the order of their rows; the tensor is `embed_tokens.weight`.
+    that the files sort in the order of their rows; the tensor is `EMBEDDING_TENSOR`.
     """
 
     directory: str
