@@ -206,8 +206,10 @@ class DriftConfig(Section, frozen=True):
 class GateConfig(Section, frozen=True):
     """When a candidate becomes the incumbent."""
 
-    holdout_frac: OpenFraction = 0.3
-    """share of conversations kept from training, to judge candidates on"""
+    holdout_frac: OpenFraction = 0.1
+    """share of conversations that never train, so that their repeats and later turns judge too"""
+    judge_new: bool = True
+    """let every other conversation judge once, at its first request, before it trains"""
     test: Literal["betting", "bernstein"] = "betting"
     """e-process a promotion rests on; bernstein is the conservative one: more requests, fewer lucky runs"""
     alpha: OpenFraction = 0.05
@@ -230,8 +232,11 @@ class GateConfig(Section, frozen=True):
     futility_requests: Positive = 24
     """held-out requests from which on a candidate is dropped whose mean gain lies below min_gain_tokens by a standard
     error"""
-    stall_requests: Positive = 48
-    """last held-out requests whose pace must promise a promotion within max_requests; else a newer candidate goes on"""
+    stall_requests: Positive = 12
+    """last held-out requests whose pace must promise a promotion within patience_requests; else a newer candidate goes
+    on"""
+    patience_requests: Positive = 64
+    """held-out requests within which a race must promise a promotion; doubles while none comes, up to max_requests"""
     slice_tolerance_tokens: NonNegativeFloat = 0.2
     """loss in accept length that a candidate may bring to a slice: tenant, task cluster, answer length, temperature"""
     slice_min_frac: OpenFraction = 0.25

@@ -24,6 +24,7 @@ from onlinespec.errors import CheckpointError
 from onlinespec.gate.budget import candidate_alpha, may_start
 from onlinespec.gate.canary import CanaryVerdict
 from onlinespec.gate.guard import GuardVerdict
+from onlinespec.gate.patience import Patience
 from onlinespec.gate.race import Race
 from onlinespec.gate.slices import slice_labels
 from onlinespec.gate.verdict import Verdict, Walked, barred_reason, fidelity_of
@@ -57,8 +58,9 @@ class Promoter:
         self.watch: Watch | None = None
         self.has_moved = False
         """what came into service since this was last set to False is not the trainer's own"""
+        self.patience = Patience(config.gate)
         self.num_incomplete = 0
-        """held-out requests that were not walked for want of rows"""
+        """requests to judge with that were not walked for want of rows"""
         self.last_verdict: Verdict | None = None
         self.last_refusal = ""
         """of a candidate that got no race; empty where there was none"""
@@ -192,18 +194,19 @@ class Promoter:
             was_trained_on=self._was_trained_on,
         )
 
-    def observe(self, sample: Sample, cluster: int | None, is_held_out: bool) -> Verdict | None:
+    def observe(self, sample: Sample, cluster: int | None, is_judge: bool) -> Verdict | None:
         """Walk a finished request once, with every draft it says something of; the verdict where it decides the race.
 
-        cluster: the task cluster it belongs to; None before there are any.
+        cluster: the task cluster it belongs to; None before there are any. is_judge: no draft was trained on its
+        conversation.
         """
         self.sync()
-        drafts = self._drafts_for(sample, is_held_out)
+        drafts = self._drafts_for(sample, is_judge)
         if not drafts:
             return None
         found = matches_each(list(drafts.values()), sample, self._embed_VD, self._num_draft_steps)
         matches = dict(zip(drafts, found, strict=True))
-        if is_held_out and self.depth.is_on:
+        if is_judge and self.depth.is_on:
             incumbent = self._walked(matches["incumbent"], sample)
             self.depth.accepted(incumbent.tokens, incumbent.steps)
         if self.watch is not None:
@@ -213,17 +216,17 @@ class Promoter:
                 return None
         return self._observe_race(sample, cluster, matches) if "candidate" in matches else None
 
-    def _drafts_for(self, sample: Sample, is_held_out: bool) -> dict[str, Draft]:
+    def _drafts_for(self, sample: Sample, is_judge: bool) -> dict[str, Draft]:
         """Who is to walk this request, the incumbent first; none where nobody learns from it."""
         if sample.missing_prompt_frac > self._config.gate.max_missing_frac:
-            self.num_incomplete += is_held_out
+            self.num_incomplete += is_judge
             return {}
         drafts = {}
-        if is_held_out and self.watch is not None:
+        if is_judge and self.watch is not None:
             drafts["parent"] = self.watch.parent
-        if is_held_out and self._candidate is not None and self._is_admitted(sample):
+        if is_judge and self._candidate is not None and self._is_admitted(sample):
             drafts["candidate"] = self._candidate.draft
-        is_wanted = drafts or self.watch is not None or (is_held_out and self.depth.is_on)
+        is_wanted = drafts or self.watch is not None or (is_judge and self.depth.is_on)
         return {"incumbent": self.service.draft, **drafts} if is_wanted else {}
 
     def _is_admitted(self, sample: Sample) -> bool:
@@ -262,13 +265,12 @@ class Promoter:
             self._conclude(self.race.withdraw(f"undecided after {limit_s:.0f} s", now_s=now_s))
 
     def give_way(self, now_s: float) -> None:
-        """Drop a candidate that will not make it at its present pace: a newer one waits."""
-        if self.race is not None and self.race.is_stalled:
-            gate = self._config.gate
-            pace = f"the pace of the last {gate.stall_requests} held-out requests promises no promotion"
-            self._conclude(
-                self.race.withdraw(f"{pace} within {gate.max_requests}; a newer candidate goes on", now_s=now_s)
-            )
+        """Drop a candidate that will not make it soon at its present pace: a newer one waits."""
+        within = self.patience.requests
+        if self.race is not None and self.race.is_stalled(within):
+            pace = f"the pace of the last {self._config.gate.stall_requests} held-out requests promises no promotion"
+            self._conclude(self.race.withdraw(f"{pace} within {within}; a newer candidate goes on", now_s=now_s))
+            self.patience.cut_short()
 
     def _conclude(self, verdict: Verdict) -> None:
         candidate, self._candidate, self.race = self._candidate, None, None
@@ -279,7 +281,10 @@ class Promoter:
         self.service.journal.append(
             Judged(time_s=time.time(), candidate_digest=candidate.digest, verdict=evidence, source=source)
         )
-        if verdict.decision != "promote" or self.service.is_forbidden(candidate):
+        if verdict.decision != "promote":
+            return
+        self.patience.promoted(verdict.num_requests)
+        if self.service.is_forbidden(candidate):
             return
         manifest = self.service.publish(candidate, evidence)
         if self._config.canary.enabled and self.depth.settle():
@@ -366,6 +371,7 @@ class Promoter:
                 "mean_gain": race.mean_gain_tokens,
                 "e_value": race.e_value,
                 "threshold": 1 / race.alpha,
+                "patience_requests": self.patience.requests,
             },
             "trial": trial and {"version": trial.version, "pairs": trial.canary.num_pairs},
             "guard": guard

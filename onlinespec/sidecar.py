@@ -12,8 +12,7 @@ import secrets
 import signal
 import sys
 import time
-from collections import Counter, OrderedDict
-from dataclasses import replace
+from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -24,7 +23,7 @@ from onlinespec.draft.config import read_target
 from onlinespec.draft.header import aux_layers
 from onlinespec.draft.place import bound_memory
 from onlinespec.draft.sample import Sample
-from onlinespec.gate.holdout import first_user_span, group_of, is_holdout
+from onlinespec.gate.holdout import first_user_span
 from onlinespec.gate.verdict import Verdict
 from onlinespec.intake import Intake
 from onlinespec.launch import read_launch
@@ -33,6 +32,7 @@ from onlinespec.promote import Promoter
 from onlinespec.record.live import LiveRecording
 from onlinespec.record.manifest import RowFacts
 from onlinespec.resolve import load_config
+from onlinespec.sides import Sides
 from onlinespec.target import ServedTarget
 from onlinespec.trainer.cluster import pooled
 from onlinespec.trainer.drift import Drift
@@ -54,12 +54,11 @@ from onlinespec.wire.sockets import ControlClient
 
 _NICE = 10
 _KEY_BYTES = 32
-_MAX_TRAINED_ANSWERS = 200_000
 _MAX_TENANTS = 1000
 _RECEIVE_SLICE_S = 1.0
 """longest turn of receiving before a step has its turn: several steps' time, so that training never starves judging"""
 _STATUS_S = 1.0
-_STATE_FORMAT = 2
+_STATE_FORMAT = 3
 """of the checkpoint; one of another format is not resumed from"""
 
 
@@ -83,8 +82,7 @@ class Sidecar:
         hello = self._control.request(GetHello())
         assert isinstance(hello, Hello), hello
         self._generation_prompt = hello.generation_prompt
-        self._key = holdout_key(self._paths.holdout_key)
-        self._trained_answers: OrderedDict[int, None] = OrderedDict()
+        self._sides = Sides(holdout_key(self._paths.holdout_key), self._config.gate)
         self.counters: Counter[str] = Counter()
         self._tenants: set[str] = set()
         self._target = ServedTarget(launch.model, self._paths.exported_target, self._control)
@@ -96,7 +94,7 @@ class Sidecar:
             self._control,
             hello,
             embed_VD,
-            lambda key: hash(key) in self._trained_answers,
+            self._sides.was_trained_on,
         )
         self.service = self.promoter.service
         weights = self.service.draft.weights()
@@ -204,7 +202,7 @@ class Sidecar:
         self._recording.end_for_good("the target's weights changed: its files are not what the rows are of any more")
         self._intake.assembler.clear()
         self.learner.buffer.clear()
-        self._trained_answers.clear()
+        self._sides.forget()
         self._drift = Drift(self._config.drift)
         self._frozen_at_step = self.trainer.num_steps
 
@@ -216,35 +214,35 @@ class Sidecar:
             self.promoter.depth.keep(self._server_counters.get("running_requests", 0), time.monotonic())
 
     def _file(self, sample: Sample) -> None:
-        """To the gate or to the trainer, for good: the side is the conversation's, not the request's.
+        """Judge with it, then train on it, as its side says.
 
-        Both sides are watched for drift; only what is trained on shapes the clusters. Without the target's embedding
+        All are watched for drift; only what is trained on shapes the clusters. Without the target's embedding
         table nothing can be said of a draft, and the gate waits.
         """
         if self._target.missing:
             self.counters["samples_without_embedding"] += 1
             return
         prompt = sample.tokens_T[: sample.num_prompt_tokens].tolist()
-        first_turn = prompt[: first_user_span(prompt, self._generation_prompt)]
-        sample = replace(sample, group=group_of(self._key, sample.tenant, first_turn))
-        if is_holdout(sample.group, self._config.gate.holdout_frac):
+        sample, side = self._sides.side(sample, prompt[: first_user_span(prompt, self._generation_prompt)])
+        cluster = self.learner.buffer.clusters.nearest(pooled(sample.aux_TA, sample.has_aux_T))
+        verdict = self.promoter.observe(sample, cluster, side.is_judge)
+        self.counters["judging_samples"] += side.is_judge
+        if side.is_held_out:
             self.counters["heldout_samples"] += 1
-            cluster = self.learner.buffer.clusters.nearest(pooled(sample.aux_TA, sample.has_aux_T))
-            self._watch(sample, cluster)
-            verdict = self.promoter.observe(sample, cluster, is_held_out=True)
-            if verdict is not None:
-                self.counters[f"verdicts_{verdict.decision}"] += 1
-                self._save()
-            return
+        else:
+            cluster = self._learn(sample)
+        self._watch(sample, cluster)
+        if verdict is not None:
+            self.counters[f"verdicts_{verdict.decision}"] += 1
+            self._save()
+
+    def _learn(self, sample: Sample) -> int:
+        """From here on the conversation judges no candidate; its task cluster."""
         self.counters["training_samples"] += 1
         self._tenants.add(sample.tenant if len(self._tenants) < _MAX_TENANTS else "(more)")
-        self._trained_answers[hash(sample.answer_key)] = None
-        if len(self._trained_answers) > _MAX_TRAINED_ANSWERS:
-            self._trained_answers.popitem(last=False)
+        self._sides.train(sample)
         self._recording.add(sample)
-        cluster = self.learner.add(sample, time.time())
-        self._watch(sample, cluster)
-        self.promoter.observe(sample, cluster, is_held_out=False)
+        return self.learner.add(sample, time.time())
 
     def _watch(self, sample: Sample, cluster: int | None) -> None:
         """Drift restores full training and capture at once; a mere change of the mix does not."""
@@ -255,6 +253,7 @@ class Sidecar:
             print(f"onlinespec sidecar: {event}", flush=True)
             if event.kind != "mix":
                 self._pace.drifted()
+                self.promoter.patience.drifted()
 
     def _may_train(self) -> bool:
         running = self._server_counters.get("running_requests", 0)
@@ -318,7 +317,7 @@ class Sidecar:
         self._pace.load_saved(saved["pace"])
         self.counters.update(saved["counters"])
         self._tenants.update(saved["tenants"])
-        self._trained_answers.update(dict.fromkeys(saved["trained_answers"]))
+        self._sides.load_state(saved["sides"])
         self._frozen_at_step = self.trainer.num_steps
         self.counters["resumes"] += 1
 
@@ -332,7 +331,7 @@ class Sidecar:
             "pace": self._pace.saved(),
             "counters": dict(self.counters),
             "tenants": sorted(self._tenants),
-            "trained_answers": list(self._trained_answers),
+            "sides": self._sides.state(),
         }
         temporary = self._paths.trainer_state.with_suffix(".tmp")
         torch.save(state, temporary)

@@ -225,7 +225,7 @@ def test_explain_says_value_origin_default_bounds_and_meaning(write):
     meaning = "    largest chance of promoting a candidate that is no improvement; the budget below may lower it"
     assert found["gate.alpha = 0.1"] == (f"    from {file}:3; the default is 0.05; {bounds}", meaning)
     assert found["gate.min_requests = 5"][0].startswith("    from --set gate.min_requests=5; the default is 8;")
-    assert found["gate.holdout_frac = 0.3"][0] == f"    the default; {bounds}"
+    assert found["gate.holdout_frac = 0.1"][0] == f"    the default; {bounds}"
     assert len(found) == len(GateConfig.__struct_fields__)
 
 

@@ -37,12 +37,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "depth": {"errors", "config", "wire", "gate", "versions"},
     "target": {"draft", "wire"},
     "intake": {"errors", "config", "wire", "trainer"},
+    "sides": {"config", "draft", "gate"},
     "service": {"errors", "config", "paths", "wire", "launch", "draft", "gate", "versions"},
     "offers": {"errors", "paths", "launch", "draft", "versions"},
     "promote": {"errors", "config", "paths", "wire", "launch", "draft", "gate", "versions"}
     | {"offers", "service", "trial", "watch", "depth"},
     "sidecar": {"errors", "config", "resolve", "paths", "wire", "launch", "draft", "trainer", "gate", "versions"}
-    | {"promote", "record", "target", "intake"},
+    | {"promote", "record", "target", "intake", "sides"},
     "provision": {"errors", "config", "paths", "draft", "versions"},
     "operate": {"errors", "paths", "wire", "launch", "versions"},
     "history": {"paths", "launch", "versions"},
@@ -50,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"provision"},
     "doctor": {"errors", "plugin"},
     "bench": {"errors", "config", "resolve", "paths", "wire", "launch", "cpu", "draft", "trainer", "gate", "versions"}
-    | {"record", "watch", "intake", "provision", "operate", "world"},
+    | {"record", "watch", "intake", "sides", "provision", "operate", "world"},
     "demo": {"errors", "resolve", "paths", "wire", "launch", "versions", "operate", "bench", "world"},
     "cli": {
         "errors",

@@ -139,14 +139,17 @@ class _Player:
         """A finished request; True where another draft is in service after it."""
         if self.learner is None:
             return False
+        has_changed = False
         if self.gate is not None:
-            sample, is_held_out = self.gate.sided(sample)
-            if is_held_out:
-                return self._judge(sample)
-            self.gate.trained_on(sample)
+            sample, side = self.gate.side(sample)
+            if side.is_judge:
+                has_changed = self._judge(sample)
+            if side.is_held_out:
+                self.num_held_out += 1
+                return has_changed
+            self.gate.train(sample)
         began_s = time.thread_time()
         self.learner.add(sample, sample.ended_s)
-        has_changed = False
         while self.learner.is_due:
             self.learner.step(sample.ended_s)
             has_changed |= self._offer(sample.ended_s)
@@ -156,7 +159,6 @@ class _Player:
     def _judge(self, sample: Sample) -> bool:
         assert self.gate is not None
         assert self.learner is not None
-        self.num_held_out += 1
         cluster = self.learner.buffer.clusters.nearest(pooled(sample.aux_TA, sample.has_aux_T))
         is_promoted = self.gate.observe(sample, cluster)
         self.draft = self.gate.incumbent

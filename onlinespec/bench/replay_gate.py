@@ -5,7 +5,7 @@ with the next request. The trial refuses what hurts the server, which a replay h
 promotion comes later by the trial's pairs. The guard is left out too: what it takes back would show as a gain here.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import msgspec
 import torch
@@ -16,10 +16,11 @@ from onlinespec.draft.model import Draft
 from onlinespec.draft.sample import Sample
 from onlinespec.draft.walk import accept_walk, matches_each
 from onlinespec.gate.budget import candidate_alpha, may_start
-from onlinespec.gate.holdout import group_of, is_holdout
+from onlinespec.gate.patience import Patience
 from onlinespec.gate.race import Race
 from onlinespec.gate.slices import slice_labels
 from onlinespec.gate.verdict import fidelity_of
+from onlinespec.sides import Side, Sides
 from onlinespec.watch import walked
 
 
@@ -52,31 +53,31 @@ class ReplayGate:
         self.verdicts: list[ReplayVerdict] = []
         self._config = config
         self._shape = shape
-        self._key = seed.to_bytes(16, "little")
+        self._sides = Sides(seed.to_bytes(16, "little"), config)
         self._candidate: Draft | None = None
         self._race: Race | None = None
         self._races: list[tuple[float, float]] = []
-        self._trained: set[tuple[int, ...]] = set()
+        self._patience = Patience(config)
 
-    def sided(self, sample: Sample) -> tuple[Sample, bool]:
-        """The request with its group, and whether it is held out: by the conversation, as in the sidecar."""
+    def side(self, sample: Sample) -> tuple[Sample, Side]:
+        """As in the sidecar; a recording without groups has a conversation a prompt."""
         first_turn = list(sample.group) or sample.tokens_T[: sample.num_prompt_tokens].tolist()
-        group = group_of(self._key, sample.tenant, first_turn)
-        return replace(sample, group=group), is_holdout(group, self._config.holdout_frac)
+        return self._sides.side(sample, first_turn)
 
-    def trained_on(self, sample: Sample) -> None:
-        self._trained.add(sample.answer_key)
+    def train(self, sample: Sample) -> None:
+        self._sides.train(sample)
 
     @property
     def may_offer(self) -> bool:
         """No candidate is under way, or the one that is has stalled and has to make room."""
-        return self._race is None or self._race.is_stalled
+        return self._race is None or self._race.is_stalled(self._patience.requests)
 
     def offer(self, weights: dict[str, torch.Tensor], now_s: float) -> bool:
         """Begin a race for these weights; False where the error budget allows none now."""
         if self._race is not None:
             self._race.withdraw("it stalled and a newer candidate waits", now_s=now_s)
             self._conclude(now_s)
+            self._patience.cut_short()
         if not may_start(now_s, self._races, self._config):
             return False
         alpha = candidate_alpha(now_s, self._races, self._config)
@@ -91,12 +92,12 @@ class ReplayGate:
             alpha,
             self._config,
             frozen_at_s=now_s,
-            was_trained_on=self._trained.__contains__,
+            was_trained_on=self._sides.was_trained_on,
         )
         return True
 
     def observe(self, sample: Sample, cluster: int | None) -> bool:
-        """Walk a held-out request with both drafts; True where this promotes the candidate, the incumbent now."""
+        """Walk a request that judges with both drafts; True where this promotes the candidate, the incumbent now."""
         race = self._race
         if race is not None and sample.ended_s - race.frozen_at_s > self._config.max_race_s:
             race.withdraw("undecided for too long", now_s=sample.ended_s)
@@ -140,4 +141,5 @@ class ReplayGate:
         is_promoted = verdict.decision == "promote"
         if is_promoted:
             self.incumbent = candidate
+            self._patience.promoted(verdict.num_requests)
         return is_promoted

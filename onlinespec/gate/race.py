@@ -116,9 +116,8 @@ class Race:
     def span_s(self) -> float:
         return max(self._starts_s[1] - self._starts_s[0], 0.0)
 
-    @property
-    def is_stalled(self) -> bool:
-        """Even at a hopeful reading of its pace the race would not be won within `max_requests`.
+    def is_stalled(self, within_requests: int) -> bool:
+        """Even at a hopeful reading of its pace the race would not be won within so many requests from its start.
 
         The pace of the whole race (there is little gain) and that of the last `stall_requests` (the traffic moved on).
         A reason to make room for a newer candidate, never one to promote: dropping is always allowed.
@@ -128,7 +127,7 @@ class Race:
         recent = self._increments[-self._config.stall_requests :]
         pace = min(_hoped_pace(self._increments), _hoped_pace(recent))
         missing = -math.log(self.alpha) - float(self._evidence.log_wealth)
-        return pace * (self._config.max_requests - self.num_requests) < missing
+        return pace * max(within_requests - self.num_requests, 0) < missing
 
     @property
     def mean_gain_tokens(self) -> float:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from onlinespec.bench.arms import parse_arm
 from onlinespec.bench.replay import DomainResult, Look, Recovery, ReplayRow, World, play, result_of
-from onlinespec.bench.replay_gate import Shape
+from onlinespec.bench.replay_gate import ReplayGate, Shape
 from onlinespec.bench.replay_orders import ORDERS, schedule, tokens_per_s
 from onlinespec.bench.replay_report import summarise_rows, table
 from onlinespec.bench.replay_run import ReplayPlan, run_replay
@@ -167,6 +167,30 @@ def test_onlinespec_serves_what_won_its_race_and_nothing_else(world: World, monk
     assert set(decisions) == {"promote" if is_better else "drop"}
     assert row.num_swaps == decisions.count("promote")
     assert row.num_candidates - len(decisions) in (0, 1)
+
+
+def test_a_conversation_that_trains_judges_first_where_it_may(world: World, monkeypatch):
+    judged = []
+
+    def observe(gate: ReplayGate, sample: Sample, cluster: int | None) -> bool:
+        judged.append(sample.request)
+        return False
+
+    monkeypatch.setattr(ReplayGate, "observe", observe)
+    stream = schedule("abrupt", pools(), 100, 10.0, 0)
+    nearly_all = "gate.holdout_frac=0.000001"
+
+    rows = [
+        play(parse_arm("onlinespec"), "abrupt", 0, stream, load_config([], [*TINY, nearly_all, judge_new]), world)
+        for judge_new in ("gate.judge_new=true", "gate.judge_new=false")
+    ]
+
+    firsts: dict[bytes, int] = {}
+    for _, sample in stream:
+        firsts.setdefault(sample.group, sample.request)
+    assert judged == list(firsts.values())
+    assert [row.num_held_out for row in rows] == [0, 0]
+    assert rows[0].optimizer_steps == rows[1].optimizer_steps > 0
 
 
 def test_what_is_held_out_to_judge_is_not_trained_on(world: World):

@@ -240,16 +240,34 @@ def test_a_race_can_be_withdrawn_before_its_first_request():
 
 
 def test_a_race_is_stalled_when_its_last_requests_promise_no_promotion_in_time():
-    contest = race(stall_requests=8, max_requests=60)
+    contest = race(stall_requests=8)
     run(contest, [0.3] * 8)
 
-    assert not contest.is_stalled
+    assert not contest.is_stalled(60)
 
     for request in range(8, 16):
         feed(contest, 200, 203, request=request)
 
-    assert contest.is_stalled
+    assert contest.is_stalled(60)
     assert contest.verdict is None
+
+
+def test_a_slow_race_is_stalled_within_few_requests_and_not_within_many():
+    contest = race(stall_requests=8)
+
+    run(contest, [0.1] * 20)
+
+    assert contest.is_stalled(40)
+    assert not contest.is_stalled(1000)
+
+
+def test_a_race_that_has_taken_more_requests_than_it_may_is_stalled():
+    contest = race(stall_requests=8)
+
+    run(contest, [-0.1, 0.2] * 20)
+
+    assert contest.verdict is None
+    assert contest.is_stalled(40)
 
 
 def test_a_race_that_waits_for_its_slices_alone_is_not_stalled():
@@ -258,25 +276,25 @@ def test_a_race_that_waits_for_its_slices_alone_is_not_stalled():
     run(contest, [0.5] * 40 + [0.0] * 9)
 
     assert contest.has_passed
-    assert not contest.is_stalled
+    assert not contest.is_stalled(40)
 
 
-def test_a_small_gain_with_the_usual_spread_is_seldom_stalled():
+def test_a_small_gain_with_the_usual_spread_is_seldom_stalled_where_there_is_time():
     random = np.random.default_rng(8)
     num_stalled = 0
     for _ in range(40):
         contest = race()
         run(contest, random.normal(0.1, 0.2, 60).tolist())
-        num_stalled += contest.is_stalled
+        num_stalled += contest.is_stalled(1000)
 
-    assert num_stalled <= 2
+    assert num_stalled <= 4
 
 
 def test_a_race_younger_than_the_window_is_not_stalled():
     contest = race(stall_requests=8)
     run(contest, [0.0] * 7)
 
-    assert not contest.is_stalled
+    assert not contest.is_stalled(1000)
 
 
 def test_a_verdict_survives_json():
