@@ -119,7 +119,7 @@ class _Player:
     def __init__(self, arm: Arm, config: Config, world: World, seed: int):
         self.draft = Draft(world.shape.draft_config, world.weights)
         """in service"""
-        self.gate = ReplayGate(config.gate, world.shape, self.draft, seed) if arm.gate == "race" else None
+        self.gate = ReplayGate(config.gate, config.drift, world.shape, self.draft, seed) if arm.gate == "race" else None
         self.learner: Learner | None = None
         if arm.is_training:
             shape = world.shape

@@ -5,15 +5,15 @@ with the next request. The trial refuses what hurts the server, which a replay h
 promotion comes later by the trial's pairs. The guard is left out too: what it takes back would show as a gain here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import torch
 
-from onlinespec.config import GateConfig
+from onlinespec.config import DriftConfig, GateConfig
 from onlinespec.draft.config import DraftConfig
 from onlinespec.draft.model import Draft
-from onlinespec.draft.sample import Sample
+from onlinespec.draft.sample import Sample, VerifySteps
 from onlinespec.draft.walk import accept_walk, matches_each
 from onlinespec.gate.budget import candidate_alpha, may_start
 from onlinespec.gate.patience import Patience
@@ -21,6 +21,7 @@ from onlinespec.gate.race import Race
 from onlinespec.gate.slices import slice_labels
 from onlinespec.gate.verdict import fidelity_of
 from onlinespec.sides import Side, Sides
+from onlinespec.trainer.drift import Drift
 from onlinespec.watch import walked
 
 
@@ -47,7 +48,7 @@ class ReplayVerdict(msgspec.Struct, frozen=True):
 class ReplayGate:
     """One candidate at a time. Times are those of the stream's samples, in seconds."""
 
-    def __init__(self, config: GateConfig, shape: Shape, incumbent: Draft, seed: int):
+    def __init__(self, config: GateConfig, drift: DriftConfig, shape: Shape, incumbent: Draft, seed: int):
         self.incumbent = incumbent
         self.num_candidates = 0
         self.verdicts: list[ReplayVerdict] = []
@@ -58,6 +59,8 @@ class ReplayGate:
         self._race: Race | None = None
         self._races: list[tuple[float, float]] = []
         self._patience = Patience(config)
+        self._drift = Drift(drift)
+        self._num_promotions = 0
 
     def side(self, sample: Sample) -> tuple[Sample, Side]:
         """As in the sidecar; a recording without groups has a conversation a prompt."""
@@ -110,13 +113,12 @@ class ReplayGate:
         assert self._candidate is not None
         num_steps, end = self._shape.num_draft_steps, sample.num_tokens - 1
         found = matches_each([self.incumbent, self._candidate], sample, self._shape.embed_VD, num_steps)
-        incumbent, candidate = (
-            walked(accept_walk(matches, sample.num_prompt_tokens, end, num_steps), end, num_steps) for matches in found
-        )
+        incumbent, candidate = (accept_walk(matches, sample.num_prompt_tokens, end, num_steps) for matches in found)
+        self._watch(cluster, incumbent)
         verdict = race.observe(
             sample.request,
-            incumbent,
-            candidate,
+            walked(incumbent, end, num_steps),
+            walked(candidate, end, num_steps),
             sample.group,
             started_s=sample.started_s,
             now_s=sample.ended_s,
@@ -128,6 +130,14 @@ class ReplayGate:
             slices=slice_labels(sample.tenant, cluster, sample.num_answer_tokens, sample.temperature),
         )
         return verdict is not None and self._conclude(sample.ended_s)
+
+    def _watch(self, cluster: int | None, steps: VerifySteps) -> None:
+        """For drift, on the requests of races; the sidecar watches all."""
+        if cluster is None:
+            return
+        served = replace(steps, version=[self._num_promotions] * len(steps))
+        if any(event.kind != "mix" for event in self._drift.observe(cluster, served, self._num_promotions)):
+            self._patience.drifted()
 
     def _conclude(self, now_s: float) -> bool:
         """Of the race that has its verdict; True where the candidate is the incumbent now."""
@@ -141,5 +151,6 @@ class ReplayGate:
         is_promoted = verdict.decision == "promote"
         if is_promoted:
             self.incumbent = candidate
+            self._num_promotions += 1
             self._patience.promoted(verdict.num_requests)
         return is_promoted
