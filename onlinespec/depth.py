@@ -64,7 +64,11 @@ class DepthKeeper:
 
     def swapped(self) -> None:
         """Another draft is in service."""
-        self._floor.swapped()
+        self._floor.forget_accept()
+
+    def drifted(self) -> None:
+        """Acceptance fell."""
+        self._floor.forget_accept()
 
     def keep(self, running_requests: int, now_s: float) -> None:
         """At every look while no switchback runs, set what the floor wants. Raises: SwapError where it is refused."""

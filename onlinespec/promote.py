@@ -256,6 +256,11 @@ class Promoter:
             self._conclude(verdict)
         return verdict
 
+    def drifted(self) -> None:
+        """Acceptance fell: how long a race may take, and what the draft has accepted, are of other traffic."""
+        self.patience.drifted()
+        self.depth.drifted()
+
     def expire(self, now_s: float) -> None:
         """Give up a race or a trial that has found too little traffic."""
         if self.trial is not None and (withdrawn := self.trial.canary.expire(now_s)) is not None:

@@ -253,7 +253,7 @@ class Sidecar:
             print(f"onlinespec sidecar: {event}", flush=True)
             if event.kind != "mix":
                 self._pace.drifted()
-                self.promoter.patience.drifted()
+                self.promoter.drifted()
 
     def _may_train(self) -> bool:
         running = self._server_counters.get("running_requests", 0)

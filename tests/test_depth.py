@@ -66,6 +66,20 @@ def test_a_draft_that_does_not_pay_is_switched_off_once_and_it_is_written_down(p
     assert event.reason == "depth 0: speculation does not pay, accept length 1.40 against a break-even of 2.50"
 
 
+def test_what_was_accepted_before_a_drift_does_not_keep_the_draft_running(paths, server):
+    keeper = build_keeper(paths)
+    keeper.accepted(3_000, 1_000)
+    keeper.costs(counted(0, 0, 0, 0, load=4), now_s=10.0)
+    keeper.costs(counted(40, 400_000, 40, 1_000_000, load=4), now_s=11.0)
+    keeper.keep(4, 12.0)
+
+    keeper.drifted()
+    keeper.accepted(14, 10)
+    keeper.keep(4, 13.0)
+
+    assert server.orders == [SetDepth(0)]
+
+
 def test_a_fresh_draft_starts_at_depth_zero_before_any_request(paths, server):
     keeper = build_keeper(paths, starts_at_zero=True)
 

@@ -132,8 +132,8 @@ class Floor:
         """Take the incumbent's walk at depth K over a held-out request: tokens committed over verify steps."""
         self._accept.add(num_tokens, num_steps, self._config.accept_window_steps)
 
-    def swapped(self) -> None:
-        """Another draft is in service: what the old one had accepted says nothing of it; costs stay."""
+    def forget_accept(self) -> None:
+        """Another draft is in service, or other traffic: what was accepted says nothing of it; costs stay."""
         self._accept = _Window()
 
     def figures(self, running_requests: float, now_s: float) -> FloorFigures:

@@ -229,7 +229,7 @@ def test_an_idle_server_is_left_as_it_is():
 def test_a_swap_forgets_the_accept_length_and_keeps_the_costs():
     server = a_server().run(100)
 
-    server.floor.swapped()
+    server.floor.forget_accept()
 
     figures = server.floor.figures(1, server.now_s)
     assert figures.accept_length is None
