@@ -94,13 +94,13 @@ def replay_part(result: dict[str, Any]) -> str:
             f"{line.final} of {line.oracle:.3g}",
             told(line.regret_area),
             told(line.forgotten),
-            f"{line.swaps.mean:.3g}",
+            f"{line.num_swaps_gained} of {line.num_swaps}",
             f"{line.training_cpu_s.mean:.0f}",
         )
         for line in lines
     ]
     reached = [cell for level in levels for cell in (f"tokens to {level:.0%}", "over the recipe's")]
-    headings = ("order", "arm", "seeds", *reached, "final accept length", "regret", "forgotten", "swaps", "CPU s")
+    headings = ("order", "arm", "seeds", *reached, "final accept length", "regret", "forgotten", "swaps that gained", "CPU s")
     tokens = result["settings"].get("tokens_per_domain") or result["settings"].get("num_tokens")
     return f"{made_by(result)}\n\n{tokens} answer tokens a domain.\n\n{markdown(headings, rows)}"
 

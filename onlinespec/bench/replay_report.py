@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from itertools import pairwise
 
 import msgspec
 from rich.table import Table
@@ -46,7 +47,10 @@ class ReplayLine(msgspec.Struct, frozen=True):
     """over all domains"""
     forgotten: Interval
     """mean over the other domains"""
-    swaps: Interval
+    num_swaps: int
+    """over all seeds"""
+    num_swaps_gained: int
+    """after which the accept length on the domain then served was higher than before, on the held-out requests"""
     training_cpu_s: Interval
 
 
@@ -77,9 +81,19 @@ def _line(own: Sequence[ReplayRow], rows: Sequence[ReplayRow]) -> ReplayLine:
         forgotten=_mean(
             [statistics.fmean(result.forgotten for name, result in row.domains.items() if name != shift) for row in own]
         ),
-        swaps=_mean([row.num_swaps for row in own]),
+        num_swaps=sum(row.num_swaps for row in own),
+        num_swaps_gained=sum(num_gained(row) for row in own),
         training_cpu_s=_mean([row.training_cpu_s for row in own]),
     )
+
+
+def num_gained(row: ReplayRow) -> int:
+    """Swaps that raised the accept length on the domain of the request they came with."""
+    count = 0
+    for before, after in pairwise(row.looks):
+        domain = next(name for name, begin, _ in reversed(row.begins) if begin < after.num_requests)
+        count += after.accept_length[domain] > before.accept_length[domain]
+    return count
 
 
 def _mean(values: Sequence[float]) -> Interval:
@@ -117,7 +131,7 @@ def table(lines: Sequence[ReplayLine]) -> Table:
         title="replay; t intervals of 95 % over seeds; regret: accept length short of the oracle's x 1000 tokens"
     )
     headings = ("order", "arm", "seeds", "tokens to 90 %", "over recipe", "final accept length")
-    for heading in (*headings, "regret", "forgotten", "swaps"):
+    for heading in (*headings, "regret", "forgotten", "swaps that gained"):
         result.add_column(heading, justify="left" if heading in ("order", "arm") else "right")
     for line in lines:
         recovery = line.recoveries[-1]
@@ -133,6 +147,6 @@ def table(lines: Sequence[ReplayLine]) -> Table:
             f"{line.final} of {line.oracle:.3g}",
             str(line.regret_area),
             str(line.forgotten),
-            f"{line.swaps.mean:.0f}",
+            f"{line.num_swaps_gained} of {line.num_swaps}",
         )
     return result

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from rich.console import Console
@@ -12,7 +13,7 @@ from onlinespec.bench.arms import parse_arm
 from onlinespec.bench.replay import DomainResult, Look, Recovery, ReplayRow, World, play, result_of
 from onlinespec.bench.replay_gate import ReplayGate, Shape
 from onlinespec.bench.replay_orders import ORDERS, schedule, tokens_per_s
-from onlinespec.bench.replay_report import summarise_rows, table
+from onlinespec.bench.replay_report import num_gained, summarise_rows, table
 from onlinespec.bench.replay_run import ReplayPlan, run_replay
 from onlinespec.bench.replay_world import NUM_HELD_OUT, choose_held_out, domain_and_path
 from onlinespec.draft.fresh import build_fresh_draft, read_embedding
@@ -243,6 +244,14 @@ def row(arm: str, seed: int, tokens: int, is_reached: bool = True) -> ReplayRow:
     looks = [Look(0, 0, {"a": 1.0, "b": 1.0})]
     begins = [("a", 0, 0), ("b", 10, 100)]
     return ReplayRow(arm, "abrupt", seed, domains, looks, begins, 20, 200, 0, 0, 0, [], 0, 0.0)
+
+
+def test_a_swap_gained_where_the_domain_that_was_served_has_more_accepted_after_it():
+    lengths = ((0, 1.0, 1.0), (5, 2.0, 1.0), (10, 1.5, 2.0), (11, 2.0, 2.0), (15, 1.0, 3.0))
+    looks = [Look(i, 10 * i, {"a": a, "b": b}) for i, a, b in lengths]
+
+    # At request 10 the last of a's ended: a lost. At 11 b's first: no change.
+    assert num_gained(msgspec.structs.replace(row("onlinespec", 0, 100), looks=looks)) == 2
 
 
 def test_the_ratio_to_the_recipe_is_paired_by_seed():
