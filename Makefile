@@ -40,8 +40,12 @@ STREAMS := runs/streams
 RECORDED = $(foreach seed,101 102 103 104 105,--replay $(STREAMS)/code-$(seed) --replay $(STREAMS)/support-$(seed))
 bench-full: bench
 	$(PYTHON) benchmarks/record_streams.py $(STREAMS)
-	$(PYTHON) -m onlinespec.cli bench stream --json benchmarks/results/bench-replay.json $(RECORDED) \
-		--config configs/demo.yaml --tokens 16000 --arms "frozen;recipe;recipe-steps;onlinespec"
+	$(PYTHON) -m onlinespec.cli bench stream --json $(BENCH)/replay.json $(RECORDED) \
+		--config configs/demo.yaml --tokens 40000 --arms "recipe;recipe-steps;onlinespec"
+	$(PYTHON) -m onlinespec.cli bench stream --json $(BENCH)/replay-orders.json $(RECORDED) \
+		--config configs/demo.yaml --tokens 16000 --arms "recipe;onlinespec" --orders "gradual,recurring,bursts" --seeds 2
+	cp $(BENCH)/replay.json benchmarks/results/bench-replay.json
+	cp $(BENCH)/replay-orders.json benchmarks/results/bench-replay-orders.json
 	$(PYTHON) benchmarks/bench_learning.py $(STREAMS) $(BENCH)/learning.json
 	$(PYTHON) benchmarks/bench_gate.py $(BENCH)/gate.json
 	$(PYTHON) benchmarks/bench_battery.py $(BENCH)/battery.json
