@@ -27,7 +27,7 @@ bench: venv
 	mkdir -p $(BENCH)
 	$(PYTHON) benchmarks/first_draft.py $(BENCH)
 	$(PYTHON) -m onlinespec.cli bench stream --json $(BENCH)/stream.json --draft $(BENCH)/train/draft \
-		--config configs/demo.yaml --requests 200 \
+		--config configs/demo.yaml --requests 300 \
 		--arms "none;frozen;adaptive;recipe;onlinespec;onlinespec floor.enabled=true"
 	test -e $(BENCH)/overhead.json || $(PYTHON) -m onlinespec.cli bench overhead --json $(BENCH)/overhead.json \
 		--draft $(BENCH)/train/draft --config configs/demo.yaml --block-seconds 5
@@ -47,10 +47,10 @@ bench-full: bench
 	cp $(BENCH)/replay.json benchmarks/results/bench-replay.json
 	cp $(BENCH)/replay-orders.json benchmarks/results/bench-replay-orders.json
 	$(PYTHON) benchmarks/bench_learning.py $(STREAMS) $(BENCH)/learning.json
-	$(PYTHON) benchmarks/bench_gate.py $(BENCH)/gate.json
-	$(PYTHON) benchmarks/bench_battery.py $(BENCH)/battery.json
+	test -e $(BENCH)/gate.json || $(PYTHON) benchmarks/bench_gate.py $(BENCH)/gate.json
+	test -e $(BENCH)/battery.json || $(PYTHON) benchmarks/bench_battery.py $(BENCH)/battery.json
 	$(PYTHON) benchmarks/bench_shadow_fidelity.py $(BENCH)/shadow-fidelity.json --requests 600 --seconds 900
-	$(PYTHON) benchmarks/bench_swap.py $(BENCH)/swap.json
+	test -e $(BENCH)/swap.json || $(PYTHON) benchmarks/bench_swap.py $(BENCH)/swap.json
 	$(PYTHON) benchmarks/bench_table.py
 
 # On a GPU machine, in an environment with onlinespec[gpu,dev]: make gpu PYTHON=python. One check alone: ONLY=rows.
