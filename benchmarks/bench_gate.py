@@ -57,7 +57,7 @@ def levels(config, num_candidates):
 
 def first_promotions(draw, num_races, num_requests, alphas, config, bound, has_rules=False):
     """Request of each race's promotion at each level, inf for none. draw(n) gives request n's gain of every race."""
-    evidence = build_test(config.test, bound, config.min_gain_tokens)
+    evidence = build_test(config.test, min(bound, config.gain_clip_tokens), config.min_gain_tokens)
     found = np.full((len(alphas), num_races), np.inf)
     is_dropped, total, squares = np.zeros(num_races, bool), 0.0, 0.0
     for number in range(1, num_requests + 1):

@@ -100,7 +100,17 @@ def replay_part(result: dict[str, Any]) -> str:
         for line in lines
     ]
     reached = [cell for level in levels for cell in (f"tokens to {level:.0%}", "over the recipe's")]
-    headings = ("order", "arm", "seeds", *reached, "final accept length", "regret", "forgotten", "swaps that gained", "CPU s")
+    headings = (
+        "order",
+        "arm",
+        "seeds",
+        *reached,
+        "final accept length",
+        "regret",
+        "forgotten",
+        "swaps that gained",
+        "CPU s",
+    )
     tokens = result["settings"].get("tokens_per_domain") or result["settings"].get("num_tokens")
     return f"{made_by(result)}\n\n{tokens} answer tokens a domain.\n\n{markdown(headings, rows)}"
 

@@ -209,7 +209,7 @@ class GateConfig(Section, frozen=True):
     holdout_frac: OpenFraction = 0.1
     """share of conversations that never train, so that their repeats and later turns judge too"""
     judge_new: bool = True
-    """let every other conversation judge once, at its first request, before it trains"""
+    """let every other conversation judge at its first turn, before it trains"""
     test: Literal["betting", "bernstein"] = "betting"
     """e-process a promotion rests on; bernstein is the conservative one: more requests, fewer lucky runs"""
     alpha: OpenFraction = 0.05
@@ -220,6 +220,8 @@ class GateConfig(Section, frozen=True):
     """races that may begin in an hour"""
     min_gain_tokens: NonNegativeFloat = 0.01
     """mean gain in accept length a candidate must be shown to exceed"""
+    gain_clip_tokens: PositiveFloat = 1.0
+    """most that one request's difference counts for, either way: the wider, the more requests a proof asks"""
     candidate_steps: Positive = 40
     """optimizer steps between two candidates; one is judged at a time"""
     min_requests: Positive = 8
@@ -228,15 +230,15 @@ class GateConfig(Section, frozen=True):
     """seconds between the first and the last start of a request that counted which a promotion needs at least; raise it
     to minutes where traffic comes in bursts"""
     max_requests: Positive = 1000
-    """held-out requests after which an undecided candidate is dropped for a newer one"""
+    """held-out requests after which an undecided candidate is dropped"""
     futility_requests: Positive = 24
     """held-out requests from which on a candidate is dropped whose mean gain lies below min_gain_tokens by a standard
     error"""
     stall_requests: Positive = 12
-    """last held-out requests whose pace must promise a promotion within patience_requests; else a newer candidate goes
-    on"""
+    """last held-out requests, at least, whose pace must promise a promotion in time; else a newer candidate goes on"""
     patience_requests: Positive = 64
-    """held-out requests within which a race must promise a promotion; doubles while none comes, up to max_requests"""
+    """held-out requests, at level alpha, in which a race must promise a promotion: doubles with each cut short, up to
+    max_requests, and starts again after a quick promotion or drift"""
     slice_tolerance_tokens: NonNegativeFloat = 0.2
     """loss in accept length that a candidate may bring to a slice: tenant, task cluster, answer length, temperature"""
     slice_min_frac: OpenFraction = 0.25
@@ -251,6 +253,9 @@ class GateConfig(Section, frozen=True):
     def __post_init__(self) -> None:
         if self.max_requests < self.min_requests:
             raise ValueError(f"max_requests is {self.max_requests}, wanted at least min_requests, {self.min_requests}")
+        if self.gain_clip_tokens <= (least := max(self.min_gain_tokens, self.slice_tolerance_tokens)):
+            wanted = f"more than min_gain_tokens and slice_tolerance_tokens, {least:g}"
+            raise ValueError(f"gain_clip_tokens is {self.gain_clip_tokens:g}, wanted {wanted}")
 
 
 class CanaryConfig(Section, frozen=True):

@@ -62,12 +62,8 @@ class DepthKeeper:
         """Take the incumbent's walk over a held-out request."""
         self._floor.observe_accept(num_tokens, num_steps)
 
-    def swapped(self) -> None:
-        """Another draft is in service."""
-        self._floor.forget_accept()
-
-    def drifted(self) -> None:
-        """Acceptance fell."""
+    def forget_accept(self) -> None:
+        """Another draft is in service, or acceptance fell."""
         self._floor.forget_accept()
 
     def keep(self, running_requests: int, now_s: float) -> None:

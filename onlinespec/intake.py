@@ -11,7 +11,7 @@ from onlinespec.wire.sockets import SampleReceiver
 
 
 class Intake:
-    """endpoint: bound here, the server connects to it."""
+    """endpoint: the server's."""
 
     def __init__(self, endpoint: str, config: BufferConfig):
         self.assembler = Assembler(PrefixRows(config.prefix_cache_bytes), config.ttl_s, config.open_bytes)
@@ -33,3 +33,6 @@ class Intake:
             except WireError as error:
                 self.num_damaged += 1
                 print(f"onlinespec sidecar: dropped a message: {error}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self._receiver.close()

@@ -62,6 +62,8 @@ class Promoter:
         self.num_incomplete = 0
         """requests to judge with that were not walked for want of rows"""
         self.last_verdict: Verdict | None = None
+        self.cut_short: Verdict | None = None
+        """the last race that made room for a newer candidate"""
         self.last_refusal = ""
         """of a candidate that got no race; empty where there was none"""
         self.last_trial: CanaryVerdict | None = None
@@ -103,7 +105,7 @@ class Promoter:
 
     def _moved(self) -> None:
         self._start_watch(self.service.parent())
-        self.depth.swapped()
+        self.depth.forget_accept()
         self.has_moved = True
 
     def _withdraw(self, reason: str) -> None:
@@ -259,7 +261,7 @@ class Promoter:
     def drifted(self) -> None:
         """Acceptance fell: how long a race may take, and what the draft has accepted, are of other traffic."""
         self.patience.drifted()
-        self.depth.drifted()
+        self.depth.forget_accept()
 
     def expire(self, now_s: float) -> None:
         """Give up a race or a trial that has found too little traffic."""
@@ -270,11 +272,14 @@ class Promoter:
             self._conclude(self.race.withdraw(f"undecided after {limit_s:.0f} s", now_s=now_s))
 
     def give_way(self, now_s: float) -> None:
-        """Drop a candidate that will not make it soon at its present pace: a newer one waits."""
-        within = self.patience.requests
-        if self.race is not None and self.race.is_stalled(within):
-            pace = f"the pace of the last {self._config.gate.stall_requests} held-out requests promises no promotion"
-            self._conclude(self.race.withdraw(f"{pace} within {within}; a newer candidate goes on", now_s=now_s))
+        """Drop a candidate that will not make it soon at its present pace: a newer one waits, and may be judged."""
+        if self.race is None:
+            return
+        within = self.patience.within(self.race.alpha)
+        if self.race.is_stalled(within) and self._level() is not None:
+            reason = f"its pace promises no promotion within {within} held-out requests; a newer candidate goes on"
+            self.cut_short = self.race.withdraw(reason, now_s=now_s)
+            self._conclude(self.cut_short)
             self.patience.cut_short()
 
     def _conclude(self, verdict: Verdict) -> None:
@@ -286,10 +291,7 @@ class Promoter:
         self.service.journal.append(
             Judged(time_s=time.time(), candidate_digest=candidate.digest, verdict=evidence, source=source)
         )
-        if verdict.decision != "promote":
-            return
-        self.patience.promoted(verdict.num_requests)
-        if self.service.is_forbidden(candidate):
+        if verdict.decision != "promote" or self.service.is_forbidden(candidate):
             return
         manifest = self.service.publish(candidate, evidence)
         if self._config.canary.enabled and self.depth.settle():
@@ -339,10 +341,11 @@ class Promoter:
         parent = self.service.version, self.service.draft
         if self.service.promote(candidate, manifest):
             self._start_watch(parent)
-            self.depth.swapped()
+            self.depth.forget_accept()
             if candidate.provenance.source:
                 self.has_moved = True  # another tool's: the trainer has to go on from it
             if self.last_verdict is not None:
+                self.patience.promoted(self.last_verdict.num_requests)
                 self.depth.accepted(self.last_verdict.candidate.tokens, self.last_verdict.candidate.steps)
 
     def _roll_back(self, harm: GuardVerdict) -> None:
@@ -360,7 +363,7 @@ class Promoter:
         self._withdraw("the target's weights changed")
         self.service.change_target(num_updates)
         self._start_watch(self.service.parent())
-        self.depth.swapped()
+        self.depth.forget_accept()
 
     def status(self) -> dict[str, object]:
         """What is being judged and watched, for people; JSON-able."""
@@ -389,5 +392,5 @@ class Promoter:
             "last_refusal": self.last_refusal or None,
             "last_trial": canary and f"{canary.outcome}: {canary.reason}",
             "last_harm": harm and harm.reason,
-            "heldout_incomplete": self.num_incomplete,
+            "judging_incomplete": self.num_incomplete,
         }

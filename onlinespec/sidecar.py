@@ -117,6 +117,7 @@ class Sidecar:
         self._drift = Drift(self._config.drift)
         self._capture_frac: float | None = None
         self._noted_verdict: Verdict | None = None
+        self._saved_version = self.service.version
         self._is_stopped = False
         self._resume()
         if self._target.num_updates > self.service.num_target_updates():
@@ -142,11 +143,12 @@ class Sidecar:
                 self._keep_watch(time.time())
                 self._recording.poll(time.time())
                 self._report()
-            if now_s - saved_s >= self._config.trainer.checkpoint_s:
+            if now_s - saved_s >= self._config.trainer.checkpoint_s or self.service.version != self._saved_version:
                 saved_s = now_s
                 self._save()
         self._save()
         self._recording.close()
+        self._intake.close()
         self._report()
 
     def _stop(self, _number: int, _frame: object) -> None:
@@ -202,7 +204,6 @@ class Sidecar:
         self._recording.end_for_good("the target's weights changed: its files are not what the rows are of any more")
         self._intake.assembler.clear()
         self.learner.buffer.clear()
-        self._sides.forget()
         self._drift = Drift(self._config.drift)
         self._frozen_at_step = self.trainer.num_steps
 
@@ -223,13 +224,13 @@ class Sidecar:
             self.counters["samples_without_embedding"] += 1
             return
         prompt = sample.tokens_T[: sample.num_prompt_tokens].tolist()
-        sample, side = self._sides.side(sample, prompt[: first_user_span(prompt, self._generation_prompt)])
+        span, is_first_turn = first_user_span(prompt, self._generation_prompt)
+        sample, side = self._sides.side(sample, prompt[:span], is_first_turn)
         cluster = self.learner.buffer.clusters.nearest(pooled(sample.aux_TA, sample.has_aux_T))
         verdict = self.promoter.observe(sample, cluster, side.is_judge)
         self.counters["judging_samples"] += side.is_judge
-        if side.is_held_out:
-            self.counters["heldout_samples"] += 1
-        else:
+        self.counters["heldout_samples"] += not side.trains
+        if side.trains:
             cluster = self._learn(sample)
         self._watch(sample, cluster)
         if verdict is not None:
@@ -264,8 +265,9 @@ class Sidecar:
         verdict = self.promoter.last_verdict
         if verdict is not None and verdict is not self._noted_verdict:
             self._noted_verdict = verdict
-            # A race given up for want of traffic says nothing.
-            if verdict.num_requests >= self._config.gate.min_requests:
+            # A race given up for want of traffic, or for a newer candidate, says nothing.
+            is_full = verdict.num_requests >= self._config.gate.min_requests
+            if is_full and verdict is not self.promoter.cut_short:
                 self._pace.judged(verdict.decision == "promote")
         wanted = self._pace.capture_frac
         if wanted == self._capture_frac:
@@ -310,6 +312,7 @@ class Sidecar:
         saved = torch.load(self._paths.trainer_state, weights_only=True)
         if saved.get("format") != _STATE_FORMAT:
             return
+        self._sides.load_state(saved["sides"])  # whatever serves now: earlier versions have learned from these
         if saved["target_digest"] != self.service.target_digest or saved["version"] != self.service.version:
             return
         self.learner.load_state(saved["learner"])
@@ -317,11 +320,12 @@ class Sidecar:
         self._pace.load_saved(saved["pace"])
         self.counters.update(saved["counters"])
         self._tenants.update(saved["tenants"])
-        self._sides.load_state(saved["sides"])
+        self.promoter.patience.requests = saved["patience_requests"]
         self._frozen_at_step = self.trainer.num_steps
         self.counters["resumes"] += 1
 
     def _save(self) -> None:
+        self._saved_version = self.service.version
         state = {
             "format": _STATE_FORMAT,
             "target_digest": self.service.target_digest,
@@ -332,6 +336,7 @@ class Sidecar:
             "counters": dict(self.counters),
             "tenants": sorted(self._tenants),
             "sides": self._sides.state(),
+            "patience_requests": self.promoter.patience.requests,
         }
         temporary = self._paths.trainer_state.with_suffix(".tmp")
         torch.save(state, temporary)

@@ -1,10 +1,12 @@
 """Which requests judge candidates, and which train.
 
-A keyed share of conversations never trains: their repeats and later turns go on judging. Every other conversation
-judges at its first request and trains from then on (test, then train). That is as sound: a candidate is judged only on
-requests that started after its weights were frozen, and a conversation that nothing has trained on cannot have shaped
-them. Once a conversation has trained, none of its requests judges again. So new conversations weigh more in a verdict
-than repeats and later turns, which `holdout_frac` alone brings in.
+A request judges only where nothing has trained on its conversation. A keyed share of conversations never trains: their
+repeats and later turns go on judging. Every other conversation judges at its first turn and trains from then on (test,
+then train). That is as sound: a candidate's weights were frozen before the request, and the draft in service and its
+parent before that, so what is trained on it later shapes none of them. A later turn that came without its first, or
+whose template is not known, may hold text that has trained in another conversation's name; it only trains.
+
+So new conversations weigh more in a verdict than repeats and later turns, which `holdout_frac` alone brings in.
 
 Source of test-then-train: Dawid 1984, "Statistical Theory: The Prequential Approach".
 """
@@ -22,11 +24,10 @@ MAX_SEEN = 200_000
 
 @dataclass(frozen=True)
 class Side:
-    """What a request is for."""
+    """What a request is for: to judge with, to train on after that, both or neither."""
 
     is_judge: bool
-    is_held_out: bool
-    """it never trains"""
+    trains: bool
 
 
 class Sides:
@@ -39,12 +40,13 @@ class Sides:
         self._groups: OrderedDict[int, None] = OrderedDict()
         self._answers: OrderedDict[int, None] = OrderedDict()
 
-    def side(self, sample: Sample, first_turn: Sequence[int]) -> tuple[Sample, Side]:
-        """The sample with its group, and its side. first_turn: tokens that a conversation's requests all begin with."""
-        sample = replace(sample, group=group_of(self._key, sample.tenant, first_turn))
+    def side(self, sample: Sample, opening: Sequence[int], is_first_turn: bool) -> tuple[Sample, Side]:
+        """The sample with its group, and its side. opening: tokens that a conversation's requests all begin with."""
+        sample = replace(sample, group=group_of(self._key, sample.tenant, opening))
         is_held_out = is_holdout(sample.group, self._config.holdout_frac)
-        is_new = self._config.judge_new and _number(sample.group) not in self._groups
-        return sample, Side(is_held_out or is_new, is_held_out)
+        may_judge = is_held_out or (self._config.judge_new and is_first_turn)
+        is_untrained = _number(sample.group) not in self._groups  # held out ones too: the share may have been raised
+        return sample, Side(may_judge and is_untrained, not is_held_out)
 
     def train(self, sample: Sample) -> None:
         """It shapes what is frozen from now on. sample: with its group."""
@@ -55,18 +57,12 @@ class Sides:
         """An answer of the very same tokens has trained, whatever its conversation."""
         return hash(answer_key) in self._answers
 
-    def forget(self) -> None:
-        """What was trained on says nothing of what comes: another target."""
-        self._groups.clear()
-        self._answers.clear()
-
     def state(self) -> dict[str, list[int]]:
         """A copy, in plain types."""
         return {"groups": list(self._groups), "answers": list(self._answers)}
 
     def load_state(self, state: dict[str, list[int]]) -> None:
         """Go on where the one that gave this state stood."""
-        self.forget()
         _put(self._groups, state["groups"])
         _put(self._answers, state["answers"])
 

@@ -73,7 +73,7 @@ def test_what_was_accepted_before_a_drift_does_not_keep_the_draft_running(paths,
     keeper.costs(counted(40, 400_000, 40, 1_000_000, load=4), now_s=11.0)
     keeper.keep(4, 12.0)
 
-    keeper.drifted()
+    keeper.forget_accept()
     keeper.accepted(14, 10)
     keeper.keep(4, 13.0)
 

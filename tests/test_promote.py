@@ -9,10 +9,11 @@ import msgspec
 import pytest
 import torch
 
-from onlinespec.config import CanaryConfig, Config
+from onlinespec.config import CanaryConfig, Config, GateConfig
 from onlinespec.draft.sample import VerifySteps
 from onlinespec.draft.walk import accept_walk
 from onlinespec.gate.guard import GuardVerdict
+from onlinespec.gate.race import Race
 from onlinespec.gate.verdict import Walked
 from onlinespec.launch import Launch
 from onlinespec.paths import RunPaths
@@ -134,6 +135,36 @@ def test_a_won_race_is_tried_in_live_traffic_and_promoted_once_it_is_shown_harml
     assert promoter.watch is not None
     assert (promoter.watch.guard.version, promoter.watch.guard.parent_version) == (4, 3)
     assert not promoter.has_moved
+
+
+def stalled(promoter: Promoter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A race under way that cannot be won in time."""
+    promoter.freeze(build_draft(seed=9).weights(), PROVENANCE)
+    monkeypatch.setattr(Race, "is_stalled", lambda race, within: True)
+
+
+def test_a_stalled_race_makes_room_for_a_newer_candidate_and_the_next_may_take_longer(paths, server, monkeypatch):
+    promoter = build_promoter(paths)
+    stalled(promoter, monkeypatch)
+    before = promoter.patience.requests
+
+    promoter.give_way(time.time())
+
+    assert not promoter.is_busy
+    assert promoter.cut_short is promoter.last_verdict
+    assert promoter.patience.requests == 2 * before
+    promoter.drifted()
+    assert promoter.patience.requests == before
+
+
+def test_a_stalled_race_goes_on_where_no_other_may_begin(paths, server, monkeypatch):
+    promoter = build_promoter(paths, msgspec.structs.replace(TRIAL, gate=GateConfig(max_candidates_per_hour=1)))
+    stalled(promoter, monkeypatch)
+
+    promoter.give_way(time.time())
+
+    assert promoter.race is not None
+    assert promoter.race.verdict is None
 
 
 def test_a_candidate_that_hurts_in_live_traffic_is_not_promoted(paths, server):

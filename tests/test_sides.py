@@ -11,15 +11,20 @@ from onlinespec.sides import Side, Sides
 from tests.offline.small import build_samples
 
 KEY = bytes(range(16))
-TO_JUDGE_AND_TRAIN, TO_TRAIN, TO_JUDGE = Side(True, False), Side(False, False), Side(True, True)
+TO_JUDGE_AND_TRAIN, TO_TRAIN, TO_JUDGE, FOR_NOTHING = (
+    Side(True, True),
+    Side(False, True),
+    Side(True, False),
+    Side(False, False),
+)
 
 
 def build_sides(holdout_frac: float = 1e-9, **config) -> Sides:
     return Sides(KEY, GateConfig(holdout_frac=holdout_frac, **config))
 
 
-def sided(sides: Sides, sample: Sample, first_turn=(1, 2)) -> tuple[Sample, Side]:
-    return sides.side(sample, list(first_turn))
+def sided(sides: Sides, sample: Sample, opening=(1, 2), is_first_turn: bool = True) -> tuple[Sample, Side]:
+    return sides.side(sample, list(opening), is_first_turn)
 
 
 def test_a_conversation_judges_until_it_has_trained():
@@ -29,7 +34,7 @@ def test_a_conversation_judges_until_it_has_trained():
     sample, before = sided(sides, first)
     sides.train(sample)
     _, after = sided(sides, later)
-    _, other = sided(sides, later, first_turn=(3, 4))
+    _, other = sided(sides, later, opening=(3, 4))
 
     assert (before, after, other) == (TO_JUDGE_AND_TRAIN, TO_TRAIN, TO_JUDGE_AND_TRAIN)
 
@@ -48,17 +53,36 @@ def test_a_share_never_trains_and_judges_at_every_request():
     sample = build_samples(1)[0]
     sides = build_sides(holdout_frac=0.25)
 
-    found = [sided(sides, sample, first_turn=(i,))[1] for i in range(400)]
+    found = [sided(sides, sample, opening=(i,))[1] for i in range(400)]
 
     assert 70 < found.count(TO_JUDGE) < 130
     assert found.count(TO_JUDGE) + found.count(TO_JUDGE_AND_TRAIN) == 400
+
+
+def test_a_later_turn_of_a_conversation_that_nobody_knows_only_trains():
+    sample = build_samples(1)[0]
+
+    _, side = sided(build_sides(), sample, is_first_turn=False)
+    _, held_out = sided(build_sides(holdout_frac=0.999999), sample, is_first_turn=False)
+
+    assert (side, held_out) == (TO_TRAIN, TO_JUDGE)
+
+
+def test_a_conversation_that_trained_before_it_was_held_out_is_for_nothing():
+    sample = build_samples(1)[0]
+    sides, raised = build_sides(), build_sides(holdout_frac=0.999999)
+    sides.train(sided(sides, sample)[0])
+
+    raised.load_state(sides.state())
+
+    assert sided(raised, sample)[1] == FOR_NOTHING
 
 
 def test_where_new_conversations_may_not_judge_only_the_share_does():
     sample = build_samples(1)[0]
     sides = build_sides(holdout_frac=0.25, judge_new=False)
 
-    found = [sided(sides, sample, first_turn=(i,))[1] for i in range(400)]
+    found = [sided(sides, sample, opening=(i,))[1] for i in range(400)]
 
     assert found.count(TO_JUDGE) + found.count(TO_TRAIN) == 400
 
@@ -79,21 +103,18 @@ def test_beyond_the_bound_the_oldest_is_forgotten_and_one_seen_again_is_new(monk
     sides = build_sides()
 
     for turn in (1, 2, 1, 3):
-        sides.train(sided(sides, sample, first_turn=(turn,))[0])
+        sides.train(sided(sides, sample, opening=(turn,))[0])
 
-    found = [sided(sides, sample, first_turn=(turn,))[1] for turn in (1, 2, 3)]
+    found = [sided(sides, sample, opening=(turn,))[1] for turn in (1, 2, 3)]
     assert found == [TO_TRAIN, TO_JUDGE_AND_TRAIN, TO_TRAIN]
 
 
-def test_it_goes_on_from_its_state_and_forgets_when_told():
+def test_it_goes_on_from_its_state():
     sample = build_samples(1)[0]
     sides, again = build_sides(), build_sides()
     sides.train(sided(sides, sample)[0])
 
     again.load_state(sides.state())
-    _, resumed = sided(again, sample)
-    again.forget()
-    _, forgotten = sided(again, sample)
 
-    assert (resumed, forgotten) == (TO_TRAIN, TO_JUDGE_AND_TRAIN)
-    assert not again.was_trained_on(sample.answer_key)
+    assert sided(again, sample)[1] == TO_TRAIN
+    assert again.was_trained_on(sample.answer_key)

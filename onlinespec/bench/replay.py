@@ -144,7 +144,7 @@ class _Player:
             sample, side = self.gate.side(sample)
             if side.is_judge:
                 has_changed = self._judge(sample)
-            if side.is_held_out:
+            if not side.trains:
                 self.num_held_out += 1
                 return has_changed
             self.gate.train(sample)
@@ -159,8 +159,9 @@ class _Player:
     def _judge(self, sample: Sample) -> bool:
         assert self.gate is not None
         assert self.learner is not None
-        cluster = self.learner.buffer.clusters.nearest(pooled(sample.aux_TA, sample.has_aux_T))
-        is_promoted = self.gate.observe(sample, cluster)
+        clusters = self.learner.buffer.clusters
+        cluster = clusters.nearest(pooled(sample.aux_TA, sample.has_aux_T))
+        is_promoted = self.gate.observe(sample, cluster, clusters.ids)
         self.draft = self.gate.incumbent
         return is_promoted
 
@@ -174,7 +175,7 @@ class _Player:
             self._frozen_at_step = self.num_steps
             self.draft = Draft(self._shape.draft_config, self.learner.trainer.weights())
             return True
-        if self.gate.may_offer:
+        if self.gate.may_offer(now_s):
             self._frozen_at_step = self.num_steps
             self.gate.offer(self.learner.trainer.weights(), now_s)
         return False

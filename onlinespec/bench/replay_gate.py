@@ -1,10 +1,11 @@
-"""The gate in a replay: the same race, slices and error budget as in the sidecar, on the held-out side of the stream.
+"""The gate in a replay: the same sides, race, slices, patience and error budget as in the sidecar.
 
 What `promote.Promoter` does with sockets, files and a trial is left out: a candidate that won its race is in service
 with the next request. The trial refuses what hurts the server, which a replay has not, and it costs time, so a live
 promotion comes later by the trial's pairs. The guard is left out too: what it takes back would show as a gain here.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -63,26 +64,25 @@ class ReplayGate:
         self._num_promotions = 0
 
     def side(self, sample: Sample) -> tuple[Sample, Side]:
-        """As in the sidecar; a recording without groups has a conversation a prompt."""
-        first_turn = list(sample.group) or sample.tokens_T[: sample.num_prompt_tokens].tolist()
-        return self._sides.side(sample, first_turn)
+        """As in the sidecar. A recording's groups are its conversations; without them each prompt is one."""
+        opening = list(sample.group) or sample.tokens_T[: sample.num_prompt_tokens].tolist()
+        return self._sides.side(sample, opening, is_first_turn=True)
 
     def train(self, sample: Sample) -> None:
         self._sides.train(sample)
 
-    @property
-    def may_offer(self) -> bool:
-        """No candidate is under way, or the one that is has stalled and has to make room."""
-        return self._race is None or self._race.is_stalled(self._patience.requests)
+    def may_offer(self, now_s: float) -> bool:
+        """The error budget allows a race, and none is under way, or one that has stalled and has to make room."""
+        if not may_start(now_s, self._races, self._config):
+            return False
+        return self._race is None or self._race.is_stalled(self._patience.within(self._race.alpha))
 
-    def offer(self, weights: dict[str, torch.Tensor], now_s: float) -> bool:
-        """Begin a race for these weights; False where the error budget allows none now."""
+    def offer(self, weights: dict[str, torch.Tensor], now_s: float) -> None:
+        """Begin a race for these weights, where `may_offer`."""
         if self._race is not None:
             self._race.withdraw("it stalled and a newer candidate waits", now_s=now_s)
             self._conclude(now_s)
             self._patience.cut_short()
-        if not may_start(now_s, self._races, self._config):
-            return False
         alpha = candidate_alpha(now_s, self._races, self._config)
         self._races.append((now_s, alpha))
         self.num_candidates += 1
@@ -97,10 +97,12 @@ class ReplayGate:
             frozen_at_s=now_s,
             was_trained_on=self._sides.was_trained_on,
         )
-        return True
 
-    def observe(self, sample: Sample, cluster: int | None) -> bool:
-        """Walk a request that judges with both drafts; True where this promotes the candidate, the incumbent now."""
+    def observe(self, sample: Sample, cluster: int | None, clusters: Collection[int]) -> bool:
+        """Walk a request that judges with both drafts; True where this promotes the candidate, the incumbent now.
+
+        cluster: the task cluster it belongs to, of all there are; None before there are any.
+        """
         race = self._race
         if race is not None and sample.ended_s - race.frozen_at_s > self._config.max_race_s:
             race.withdraw("undecided for too long", now_s=sample.ended_s)
@@ -114,7 +116,7 @@ class ReplayGate:
         num_steps, end = self._shape.num_draft_steps, sample.num_tokens - 1
         found = matches_each([self.incumbent, self._candidate], sample, self._shape.embed_VD, num_steps)
         incumbent, candidate = (accept_walk(matches, sample.num_prompt_tokens, end, num_steps) for matches in found)
-        self._watch(cluster, incumbent)
+        self._watch(cluster, clusters, incumbent)
         verdict = race.observe(
             sample.request,
             walked(incumbent, end, num_steps),
@@ -131,10 +133,11 @@ class ReplayGate:
         )
         return verdict is not None and self._conclude(sample.ended_s)
 
-    def _watch(self, cluster: int | None, steps: VerifySteps) -> None:
+    def _watch(self, cluster: int | None, clusters: Collection[int], steps: VerifySteps) -> None:
         """For drift, on the requests of races; the sidecar watches all."""
         if cluster is None:
             return
+        self._drift.keep_only(clusters)
         served = replace(steps, version=[self._num_promotions] * len(steps))
         if any(event.kind != "mix" for event in self._drift.observe(cluster, served, self._num_promotions)):
             self._patience.drifted()

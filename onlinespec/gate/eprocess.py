@@ -2,8 +2,9 @@
 
 H0: given the past, a difference has mean <= threshold. An e-process starts at 1 and is, under H0, a nonnegative
 supermartingale: by Ville's inequality the chance that it *ever* reaches 1/alpha is at most alpha, so stopping at
-the first crossing costs nothing. Nothing is assumed of the differences beyond |d| <= bound. Where the differences
-are negated and the threshold too, it is evidence that the mean lies below.
+the first crossing costs nothing. A difference counts for at most `bound` either way, and H0 is about differences so
+limited; nothing else is assumed of them. Where the differences are negated and the threshold too, it is evidence that
+the mean lies below.
 
 Two of them, with x = d - threshold:
 
@@ -54,7 +55,7 @@ MAX_LOG_E = 700.0
 class EProcess:
     """What both share: the wealth after the differences seen so far, kept as a logarithm.
 
-    Units: `bound_tokens` is the largest magnitude of a difference in accept length, `threshold_tokens` the mean that H0
+    Units: `bound_tokens` is the most that a difference in accept length counts for, `threshold_tokens` the mean that H0
     allows, of either sign. Shapes: none for one stream, [S] for S of them; the first difference says which.
     """
 
@@ -82,8 +83,7 @@ class EProcess:
 
     def observe(self, difference_tokens: Numbers) -> None:
         """Bet on one paired difference, candidate minus incumbent, of each stream."""
-        assert np.all(np.abs(difference_tokens) <= self.bound_tokens), (difference_tokens, self.bound_tokens)
-        excess = difference_tokens - self.threshold_tokens
+        excess = np.clip(difference_tokens, -self.bound_tokens, self.bound_tokens) - self.threshold_tokens
         self.log_wealth = self.log_wealth + self._log_factor(excess)
         self._sum = self._sum + excess
         self._sum_squares = self._sum_squares + excess * excess

@@ -1,9 +1,8 @@
-"""Which conversations judge candidates instead of training them.
+"""What a conversation is, and which conversations never train.
 
-The side is decided by a keyed hash of the tenant and of the prompt up to the end of the first user turn.
-Later turns of a conversation and verbatim repeats of it begin with the same tokens, hence land on the
-same side, whatever their order, and a restart with the same key decides the same way. The key keeps a
-client from choosing the side its traffic falls on.
+A conversation is a keyed hash of the tenant and of the prompt up to the end of the first user turn. Later turns of a
+conversation and verbatim repeats of it begin with the same tokens, hence are never parted, whatever their order, and a
+restart with the same key decides the same way. The key keeps a client from choosing what is held out.
 """
 
 import hashlib
@@ -33,12 +32,12 @@ def is_holdout(group: bytes, holdout_frac: float) -> bool:
     return int.from_bytes(group[:8], "little") < holdout_frac * 2.0**64
 
 
-def first_user_span(prompt_tokens: Sequence[int], generation_prompt_tokens: Sequence[int]) -> int:
-    """Count the prompt tokens up to the end of the first user turn.
+def first_user_span(prompt_tokens: Sequence[int], generation_prompt_tokens: Sequence[int]) -> tuple[int, bool]:
+    """Count the prompt tokens up to the end of the first user turn, and say whether no turn has followed it.
 
     The end is where the chat template first writes the assistant's header. An occurrence at position 0
     ends no turn and is passed over. The whole prompt counts where the header is not found: each turn of
-    such a conversation is then a group of its own.
+    such a conversation is then a group of its own, and none is known to be its first.
 
     `generation_prompt_tokens` must be the header as it stands before an *earlier* answer. What a template
     appends only to the last turn (an empty think block) is to be cut off first, or the first turn and the
@@ -48,9 +47,9 @@ def first_user_span(prompt_tokens: Sequence[int], generation_prompt_tokens: Sequ
     """
     header = list(generation_prompt_tokens)
     tokens = list(prompt_tokens)
-    if not header:
-        return len(tokens)
-    for start in range(1, len(tokens) - len(header) + 1):
-        if tokens[start] == header[0] and tokens[start : start + len(header)] == header:
-            return start
-    return len(tokens)
+    starts = [
+        start
+        for start in range(1, len(tokens) - len(header) + 1)
+        if header and tokens[start] == header[0] and tokens[start : start + len(header)] == header
+    ]
+    return (starts[0], len(starts) == 1) if starts else (len(tokens), False)

@@ -1,7 +1,10 @@
 """One candidate against the incumbent on the same held-out requests, until one of them has won.
 
 A request's difference is the mean accept length the candidate would have had on it minus the incumbent's, both
-walked over the same captured rows. Only requests that began after the candidate's weights were frozen count:
+walked over the same captured rows. It counts for at most `gain_clip_tokens` either way: what is shown is the mean of
+differences so limited. A proof about differences that may be as large as the depth asks three times the requests (five
+at depth 5), all of them against the chance of a rare loss that was never seen; such losses are what the slices, the
+trial and the guard are for. Only requests that began after the candidate's weights were frozen count:
 earlier ones may have shaped them. An answer that training has seen does not count. And a conversation counts once:
 its turns share what makes them easy or hard, the e-process takes differences for news, and ten turns each of such
 conversations would promote noise one time in three (`benchmarks/bench_gate.py`). None of these rules looks at the
@@ -34,6 +37,8 @@ from onlinespec.gate.verdict import FIDELITIES, Fidelity, Verdict, Walked
 AnswerKey = tuple[int, ...]
 _STALL_ERRORS = 1.5
 """standard errors by which a pace is taken for better than it was"""
+_WINDOWS = 8
+"""parts of the requests a race may take; the pace of one is not judged by fewer"""
 
 
 def _never(answer_key: AnswerKey) -> bool:
@@ -61,8 +66,9 @@ def _hoped_pace(increments: Sequence[float]) -> float:
 class Race:
     """Evidence for one candidate, request by request. After its verdict a race takes no more.
 
-    `alpha` is this candidate's own level (see `budget`). `frozen_at_s` must be read from the clock that
-    stamps `Sample.started_s`, the server's. `was_trained_on` says whether training has seen an answer.
+    num_draft_steps: the largest difference there is. `alpha` is this candidate's own level (see `budget`).
+    `frozen_at_s` must be read from the clock that stamps `Sample.started_s`, the server's. `was_trained_on` says
+    whether training has seen an answer.
     """
 
     def __init__(
@@ -92,8 +98,10 @@ class Race:
         self._was_trained_on = was_trained_on
         self._increments: list[float] = []
         """of the logarithm of the wealth, by request"""
-        self._evidence = build_test(config.test, float(num_draft_steps), config.min_gain_tokens)
-        self._slices = Slices(float(num_draft_steps), config)
+        self._num_draft_steps = num_draft_steps
+        bound = min(float(num_draft_steps), config.gain_clip_tokens)
+        self._evidence = build_test(config.test, bound, config.min_gain_tokens)
+        self._slices = Slices(bound, config)
         self._admitted: set[bytes] = set()
         self._observed: set[bytes] = set()
         self._sum_gain = 0.0
@@ -119,15 +127,16 @@ class Race:
     def is_stalled(self, within_requests: int) -> bool:
         """Even at a hopeful reading of its pace the race would not be won within so many requests from its start.
 
-        The pace of the whole race (there is little gain) and that of the last `stall_requests` (the traffic moved on).
+        The pace of the whole race (there is little gain) and that of its last requests (the traffic moved on): at least
+        `stall_requests` of them, more where there is more time, since every look is a chance to drop a small gain.
         A reason to make room for a newer candidate, never one to promote: dropping is always allowed.
         """
-        if len(self._increments) < self._config.stall_requests or self.has_passed:
+        window = max(self._config.stall_requests, within_requests // _WINDOWS)
+        if len(self._increments) < window or self.has_passed:
             return False
-        recent = self._increments[-self._config.stall_requests :]
-        pace = min(_hoped_pace(self._increments), _hoped_pace(recent))
+        pace = min(_hoped_pace(self._increments), _hoped_pace(self._increments[-window:]))
         missing = -math.log(self.alpha) - float(self._evidence.log_wealth)
-        return pace * max(within_requests - self.num_requests, 0) < missing
+        return pace * max(within_requests - self.num_requests, window) < missing
 
     @property
     def mean_gain_tokens(self) -> float:
@@ -221,7 +230,7 @@ class Race:
 
     def _interval(self) -> tuple[float, float]:
         """95 % normal approximation; the whole range of differences below two requests."""
-        bound = self._evidence.bound_tokens
+        bound = float(self._num_draft_steps)
         if self.num_requests < 2:
             return (-bound, bound)
         mean = self.mean_gain_tokens

@@ -173,16 +173,16 @@ def test_onlinespec_serves_what_won_its_race_and_nothing_else(world: World, monk
 def test_a_conversation_that_trains_judges_first_where_it_may(world: World, monkeypatch):
     judged = []
 
-    def observe(gate: ReplayGate, sample: Sample, cluster: int | None) -> bool:
+    def observe(gate: ReplayGate, sample: Sample, cluster: int | None, clusters: list[int]) -> bool:
         judged.append(sample.request)
         return False
 
     monkeypatch.setattr(ReplayGate, "observe", observe)
     stream = schedule("abrupt", pools(), 100, 10.0, 0)
-    nearly_all = "gate.holdout_frac=0.000001"
+    none_held_out = "gate.holdout_frac=0.000001"
 
     rows = [
-        play(parse_arm("onlinespec"), "abrupt", 0, stream, load_config([], [*TINY, nearly_all, judge_new]), world)
+        play(parse_arm("onlinespec"), "abrupt", 0, stream, load_config([], [*TINY, none_held_out, judge_new]), world)
         for judge_new in ("gate.judge_new=true", "gate.judge_new=false")
     ]
 

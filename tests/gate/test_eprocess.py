@@ -126,9 +126,14 @@ def test_an_overwhelming_e_value_stays_finite():
 
 
 @pytest.mark.parametrize("test", [Betting, Bernstein])
-def test_a_difference_beyond_the_draft_steps_is_our_own_fault(test):
-    with pytest.raises(AssertionError):
-        test(3.0, MIN_GAIN).observe(3.01)
+def test_a_difference_beyond_the_bound_counts_as_the_bound(test):
+    beyond, at = test(1.0, MIN_GAIN), test(1.0, MIN_GAIN)
+
+    for difference in (0.3, 2.5, -1.7, 0.1):
+        beyond.observe(difference)
+        at.observe(min(max(difference, -1.0), 1.0))
+
+    assert beyond.e_value == at.e_value
 
 
 @pytest.mark.parametrize("test", [Betting, Bernstein])

@@ -12,26 +12,27 @@ def test_every_turn_of_a_conversation_shares_its_group():
     first = [1, 2, 3, *HEADER]
     second = [*first, 40, 41, 5, 6, *HEADER]
 
-    groups = {group_of(KEY, "a", prompt[: first_user_span(prompt, HEADER)]) for prompt in (first, second)}
+    groups = {group_of(KEY, "a", prompt[: first_user_span(prompt, HEADER)[0]]) for prompt in (first, second)}
 
     assert len(groups) == 1
 
 
 @pytest.mark.parametrize(
-    ("prompt", "header", "span"),
+    ("prompt", "header", "span", "is_first_turn"),
     [
-        ([1, 2, 7, 8, 9], HEADER, 2),
-        ([1, 7, 8, 7, 8, 9, 4, 7, 8, 9], HEADER, 3),
-        ([1, 2, 3], HEADER, 3),
-        ([1, 7, 8], HEADER, 3),
-        ([7, 8, 9, 1, 2, 7, 8, 9], HEADER, 5),
-        ([7, 8, 9], HEADER, 3),
-        ([1, 2], [], 2),
-        ([], HEADER, 0),
+        ([1, 2, 7, 8, 9], HEADER, 2, True),
+        ([1, 2, 7, 8, 9, 3], HEADER, 2, True),
+        ([1, 7, 8, 7, 8, 9, 4, 7, 8, 9], HEADER, 3, False),
+        ([1, 2, 3], HEADER, 3, False),
+        ([1, 7, 8], HEADER, 3, False),
+        ([7, 8, 9, 1, 2, 7, 8, 9], HEADER, 5, True),
+        ([7, 8, 9], HEADER, 3, False),
+        ([1, 2], [], 2, False),
+        ([], HEADER, 0, False),
     ],
 )
-def test_the_first_user_turn_ends_where_the_header_first_stands(prompt, header, span):
-    assert first_user_span(prompt, header) == span
+def test_the_first_user_turn_ends_where_the_header_first_stands(prompt, header, span, is_first_turn):
+    assert first_user_span(prompt, header) == (span, is_first_turn)
 
 
 def test_the_group_depends_on_key_tenant_and_tokens():

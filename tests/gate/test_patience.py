@@ -27,6 +27,14 @@ def test_a_quick_promotion_brings_it_back_and_a_slow_one_leaves_it():
     assert (quick.requests, middling.requests, slow.requests) == (10, 24, 40)
 
 
+def test_a_race_at_a_lower_level_may_take_as_many_more_as_its_threshold_asks():
+    patience = cut_short(1)
+
+    assert patience.within(0.05) == 20
+    assert patience.within(0.05**2) == 40
+    assert patience.within(1e-9) == 70
+
+
 def test_drift_starts_it_again():
     patience = cut_short(3)
 

@@ -64,10 +64,10 @@ def test_a_clear_gain_is_promoted_with_its_numbers():
     assert verdict.mean_gain_tokens == pytest.approx(0.5)
     assert verdict.interval_tokens == pytest.approx((0.5, 0.5))
     assert (verdict.accept_length_incumbent, verdict.accept_length_candidate) == (2.0, 2.5)
-    assert verdict.num_requests == 21
-    assert verdict.span_s == 20.0
+    assert verdict.num_requests == 8
+    assert verdict.span_s == 7.0
     assert verdict.frozen_at_s == FROZEN_S
-    assert verdict.decided_at_s == FROZEN_S + 20
+    assert verdict.decided_at_s == FROZEN_S + 7
 
 
 def test_a_promotion_waits_for_the_least_number_of_requests():
@@ -155,7 +155,7 @@ def test_the_gain_is_the_mean_over_requests_and_accept_length_is_weighted_by_ste
 
 def test_the_interval_is_the_normal_approximation_of_the_mean():
     gains = np.round(np.random.default_rng(5).normal(0.0, 0.3, 24), 2).tolist()
-    contest = race(futility_requests=24, min_gain_tokens=2.0)
+    contest = race(futility_requests=24, min_gain_tokens=2.0, gain_clip_tokens=2.5)
 
     verdict = run(contest, gains)
 
@@ -255,19 +255,32 @@ def test_a_race_is_stalled_when_its_last_requests_promise_no_promotion_in_time()
 def test_a_slow_race_is_stalled_within_few_requests_and_not_within_many():
     contest = race(stall_requests=8)
 
-    run(contest, [0.1] * 20)
+    run(contest, [0.05] * 20)
 
     assert contest.is_stalled(40)
     assert not contest.is_stalled(1000)
 
 
-def test_a_race_that_has_taken_more_requests_than_it_may_is_stalled():
-    contest = race(stall_requests=8)
+def test_a_race_that_has_taken_as_many_requests_as_it_may_goes_on_only_where_a_window_would_win_it():
+    far, near = race(stall_requests=8), race(stall_requests=8)
 
-    run(contest, [-0.1, 0.2] * 20)
+    run(far, [-0.1, 0.2] * 20)
+    run(near, [0.16] * 19)
 
-    assert contest.verdict is None
-    assert contest.is_stalled(40)
+    assert far.verdict is None
+    assert near.verdict is None
+    assert far.is_stalled(40)
+    assert not near.is_stalled(19)
+
+
+def test_a_difference_counts_for_at_most_the_clip():
+    clipped, same = race(gain_clip_tokens=0.5), race(gain_clip_tokens=0.5)
+
+    run(clipped, [3.0, -3.0, 0.25])
+    run(same, [0.5, -0.5, 0.25])
+
+    assert clipped.e_value == pytest.approx(same.e_value)
+    assert clipped.mean_gain_tokens == pytest.approx(0.25 / 3)
 
 
 def test_a_race_that_waits_for_its_slices_alone_is_not_stalled():
@@ -279,15 +292,19 @@ def test_a_race_that_waits_for_its_slices_alone_is_not_stalled():
     assert not contest.is_stalled(40)
 
 
-def test_a_small_gain_with_the_usual_spread_is_seldom_stalled_where_there_is_time():
+@pytest.mark.parametrize(("gain", "within"), [(0.5, 64), (0.1, 256), (0.05, 1000)])
+def test_a_gain_with_the_usual_spread_is_seldom_stalled_at_any_look_where_there_is_time(gain, within):
     random = np.random.default_rng(8)
     num_stalled = 0
     for _ in range(40):
         contest = race()
-        run(contest, random.normal(0.1, 0.2, 60).tolist())
-        num_stalled += contest.is_stalled(1000)
+        for request, found in enumerate(random.normal(gain, 0.22, 1000).clip(-1, 1)):
+            is_over = feed(contest, 200, 200 + round(found * NUM_STEPS), request) is not None
+            if is_over or contest.is_stalled(within):
+                num_stalled += not is_over
+                break
 
-    assert num_stalled <= 4
+    assert num_stalled <= 6
 
 
 def test_a_race_younger_than_the_window_is_not_stalled():
