@@ -2,6 +2,9 @@
 
 `onlinespec offer` leaves a copy there by rename, whole or not at all, with the digest it should have. The sidecar
 moves it out before it reads it: a file that ends the process is not met again by the next one.
+
+What such a draft was trained on is not known here, except what this run directory has trained on itself: one trained on
+another recording of the same conversations is judged on them as if they were new to it.
 """
 
 import shutil

@@ -1,5 +1,7 @@
 """One candidate against the incumbent on the same held-out requests, until one of them has won.
 
+Held out: nothing has trained on the request's conversation when it judges (`sides`).
+
 A request's difference is the mean accept length the candidate would have had on it minus the incumbent's, both
 walked over the same captured rows. It counts for at most `gain_clip_tokens` either way: what is shown is the mean of
 differences so limited. A proof about differences that may be as large as the depth asks three times the requests (five
