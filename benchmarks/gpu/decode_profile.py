@@ -103,7 +103,7 @@ def main() -> None:
     options, flags = parser.parse_known_args()
     is_done = threading.Event()
     with serving(free_port(), draft=options.draft, target=options.target, sglang_flags=flags) as server:
-        drainer = threading.Thread(target=drain, args=(server.paths.samples_endpoint, is_done))
+        drainer = threading.Thread(target=drain, args=(server.paths.samples_endpoint, is_done), daemon=True)
         drainer.start()
         asked = itertools.cycle(load_suite(options.suite, 500, 1))
         load = Load(server.base_url, asked, Sampling(max_tokens=256), options.users)

@@ -30,6 +30,7 @@ from provenance import provenance
 from onlinespec.bench.accept import drive
 from onlinespec.bench.client import Answer, Prompt, Sampling
 from onlinespec.bench.stream_serve import free_port
+from onlinespec.bench.suites import load_suite
 from onlinespec.draft.checkpoint import read_draft
 from onlinespec.draft.config import read_target
 from onlinespec.draft.header import aux_layers
@@ -39,7 +40,6 @@ from onlinespec.trainer.prefix import PrefixRows
 from onlinespec.wire.messages import RequestEnded, RequestStarted, Rows
 from onlinespec.wire.sockets import SampleReceiver
 from onlinespec.world import WORLD
-from onlinespec.world.corpus import DOMAINS, prompts
 from onlinespec.world.hf import AutoModelForCausalLM, AutoTokenizer
 
 FACTOR = 4.0
@@ -58,7 +58,7 @@ class Samples:
         self._assembler = Assembler(PrefixRows(2**28), 600, 2**32)
         self._is_done = threading.Event()
         self._receiver = SampleReceiver(endpoint)
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)  # a failed check ends at once
         self._thread.start()
 
     def _run(self) -> None:
@@ -125,14 +125,15 @@ class Reference:
         return float(best[0] - best[1])
 
 
-def ask(server: LiveServer, asked: Sequence[Prompt]) -> dict[Prompt, Answer]:
+def ask(server: LiveServer, asked: Sequence[Prompt]) -> list[Answer]:
+    """In the order of the prompts."""
     answers = asyncio.run(drive(server.base_url, asked, Sampling(max_tokens=MAX_TOKENS), NUM_USERS))
     failed = [answer.error for answer in answers if answer.error]
     assert not failed, failed[:3]
-    return {answer.prompt: answer for answer in answers}
+    return sorted(answers, key=lambda answer: answer.prompt.number)
 
 
-def ask_under_swaps(server: LiveServer, asked: Sequence[Prompt]) -> dict[Prompt, Answer]:
+def ask_under_swaps(server: LiveServer, asked: Sequence[Prompt]) -> list[Answer]:
     _, weights = read_draft(server.paths.version(1))
     other = {n: t + 0.1 * t.std() if t.is_floating_point() and t.ndim > 1 else t for n, t in weights.items()}
     is_done = threading.Event()
@@ -143,7 +144,7 @@ def ask_under_swaps(server: LiveServer, asked: Sequence[Prompt]) -> dict[Prompt,
             if is_done.wait(SWAP_EVERY_S):
                 return
 
-    swapper = threading.Thread(target=swap)
+    swapper = threading.Thread(target=swap, daemon=True)
     swapper.start()
     answers = ask(server, asked)
     is_done.set()
@@ -163,15 +164,13 @@ def summary(reference: Reference, samples: Sequence[Sample]) -> dict[str, dict]:
     return found
 
 
-def partings(reference: Reference, alone: dict[Prompt, Answer], swapped: dict[Prompt, Answer]) -> list[float]:
-    """Logit gaps where answers part."""
+def partings(reference: Reference, alone: Sequence[Answer], swapped: Sequence[Answer]) -> list[float]:
+    """Logit gaps where answers to the same prompt part."""
     gaps = []
-    for prompt, answer in alone.items():
-        one, two = answer.text, swapped[prompt].text
-        if one != two:
-            pairs = zip(one, two, strict=False)
-            shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(two)))
-            gaps.append(reference.gap(prompt, one[:shared]))
+    for one, two in zip(alone, swapped, strict=True):
+        if one.text != two.text:
+            length = next(i for i in range(len(one.text) + 1) if one.text[: i + 1] != two.text[: i + 1])
+            gaps.append(reference.gap(one.prompt, one.text[:length]))
     return gaps
 
 
@@ -182,8 +181,7 @@ def main() -> int:
     parser.add_argument("--draft", default="init")
     parser.add_argument("--requests", type=int, default=100)
     options, flags = parser.parse_known_args()
-    streams = {domain: prompts(domain, 11) for domain in DOMAINS}
-    asked = [Prompt.of_text(d, next(streams[d])) for d in itertools.islice(itertools.cycle(DOMAINS), options.requests)]
+    asked = load_suite("demo", options.requests, seed=11)
     with serving(free_port(), draft=options.draft, target=options.target, sglang_flags=flags) as server:
         config, _ = read_draft(server.paths.version(1))
         taken = Samples(server.paths.samples_endpoint)
@@ -199,7 +197,7 @@ def main() -> int:
         "requests": len(asked),
         "samples": len(samples),
         "complete_samples": sum(sample.is_complete for sample in samples),
-        "drafts_accepted": sum(answer.num_correct_drafts for answer in alone.values()),
+        "drafts_accepted": sum(answer.num_correct_drafts for answer in alone),
         "swaps": server.num_versions - 1,
         "longest_swap_s": server.longest_swap_s,
         "rows": rows,
@@ -210,7 +208,7 @@ def main() -> int:
     print(json.dumps(report, indent=1))
     near = 2 * max(FLOOR, FACTOR * rows["logits"]["own_worst"])
     is_fine = all(row["is_near"] for row in rows.values()) and all(gap <= near for gap in gaps)
-    return 0 if is_fine and len(samples) == len(asked) and report["swaps"] >= 3 else 1
+    return 0 if is_fine and len(samples) >= len(asked) and report["swaps"] >= 3 else 1  # SGLang's warm-up is one too
 
 
 if __name__ == "__main__":
