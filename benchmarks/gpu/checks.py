@@ -3,7 +3,8 @@
 What this machine lacks is said first, and what cannot run for it is left out by name. What a part prints goes to
 OUT/<check>-<part>.log, its JSON to OUT as soon as it is there, and one that fails does not stop the next.
 OUT/summary.json says what became of each and is written after each; the same command goes on with the parts that have
-not succeeded. With --seconds nothing outlasts them. OUT also gets the models made here: 17 GB, so keep it out of git.
+not succeeded. With --seconds nothing outlasts them. OUT also gets the models made here, 17 GB: keep it out of git, and
+copy what is to stay to benchmarks/results.
 
 Run: python benchmarks/gpu/checks.py OUT [--only boots rows ...] [--part 2] [--seconds 570] [--dry-run]
 """
@@ -128,28 +129,33 @@ def play(command: Words, out: Path, log: Path, limit_s: float, environment: dict
     return "over the time limit"
 
 
-def prepare(check: Check, out: Path) -> None:
-    """Make what a check needs and is not there. Raises: SystemExit where that fails."""
-    for name in check.needs:
-        marker, command = PREPARED[name]
-        if not (out / name / marker).exists():
-            print(f"preparing {name}", flush=True)
-            status = play(command, out, out / f"{name}.log", PART_S, PREPARING)
-            if status != 0:
-                raise SystemExit(f"{name}: {status}; see {out / name}.log")
+def prepare(name: str, out: Path, deadline_s: float) -> str:
+    """Make what checks need where it is not there. Why it is not there in the end; empty where it is."""
+    marker, command = PREPARED[name]
+    if not (out / name / marker).exists():
+        print(f"preparing {name}", flush=True)
+        limit_s = min(PART_S, deadline_s - time.monotonic() - STOP_S)
+        status = play(command, out, out / f"{name}.log", max(1.0, limit_s), PREPARING)
+        if status != 0:
+            return f"{name}: {status}, see {name}.log"
+    return ""
 
 
 def run(check: Check, number: int, out: Path, deadline_s: float) -> dict[str, object] | None:
     """A row of the summary; None where too little time is left."""
     key = {"check": check.name, "part": number, "goal": check.goal}
-    if why := cannot(check):
+    why = cannot(check) or next(filter(None, (prepare(name, out, deadline_s) for name in check.needs)), "")
+    if why:
         return {**key, "status": f"left out: {why}"}
-    prepare(check, out)
     began_s = time.monotonic()
     limit_s = min(check.limit_s, deadline_s - began_s - STOP_S)
     if limit_s < MIN_PART_S:
         return None
     command = (*check.parts[number - 1], *(server_flags() if check.has_server else ()))
+    if not check.goes_on:
+        for word in command:
+            if word.startswith("OUT/") and word.endswith(".json"):
+                Path(word.replace("OUT", str(out), 1)).unlink(missing_ok=True)
     status = play(command, out, out / f"{check.name}-{number}.log", limit_s, ENVIRONMENT)
     seconds = round(time.monotonic() - began_s, 1)
     return {**key, "status": status, "seconds": seconds, "command": " ".join(command)}
