@@ -72,7 +72,7 @@ def test_parts_that_succeeded_are_not_played_again_and_the_others_are(scripts, m
     import checks
     from plan import Check
 
-    monkeypatch.setattr(checks, "cannot", lambda check: "")
+    monkeypatch.setattr(checks, "cannot", lambda check, out: "")
     count = "import pathlib, sys; p = pathlib.Path(sys.argv[1]); p.open('a').write('x'); sys.exit(int(sys.argv[2]))"
     parts = tuple((sys.executable, "-c", count, f"OUT/{name}", status) for name, status in (("a", "0"), ("b", "3")))
     check = Check("counted", "", "", parts, has_server=False)
@@ -91,7 +91,7 @@ def test_nothing_is_started_that_the_time_left_cannot_hold(scripts, monkeypatch,
     import checks
     from plan import Check
 
-    monkeypatch.setattr(checks, "cannot", lambda check: "")
+    monkeypatch.setattr(checks, "cannot", lambda check, out: "")
     check = Check("late", "", "", ((sys.executable, "-c", "open('OUT/ran', 'w')"),), has_server=False)
 
     is_whole = checks.run_all([check], tmp_path, None, time.monotonic() + checks.MIN_PART_S)

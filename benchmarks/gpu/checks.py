@@ -62,7 +62,12 @@ def server_flags() -> Words:
     return ("--attention-backend", "triton", "--sampling-backend", "pytorch")
 
 
-def lacking() -> list[str]:
+def has_room(out: Path) -> bool:
+    """For the 8B shapes, or they are there."""
+    return (out / "shapes").exists() or shutil.disk_usage(ROOT).free >= SHAPES_GB * 2**30
+
+
+def lacking(out: Path) -> list[str]:
     """What this machine has not, and what that leaves out."""
     found = []
     if not torch.cuda.is_available():
@@ -75,18 +80,18 @@ def lacking() -> list[str]:
         found.append("sglang would not find onlinespec's plugin: pip install --no-deps -e ., or use the kit's folder")
     if shutil.which("nvcc") is None:
         found.append("no nvcc: kernels that SGLang compiles on first use cannot be")
-    if shutil.disk_usage(ROOT).free < SHAPES_GB * 2**30:
+    if not has_room(out):
         found.append(f"less than {SHAPES_GB} GiB of disk: what needs the 8B shapes is left out")
     return found
 
 
-def cannot(check: Check) -> str:
+def cannot(check: Check, out: Path) -> str:
     """Why this check is left out on this machine; empty where it is not."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     if check.has_server and not (has_sglang() and has_plugin()):
         return "no sglang that finds onlinespec's plugin"
-    if "shapes" in check.needs and shutil.disk_usage(ROOT).free < SHAPES_GB * 2**30:
+    if "shapes" in check.needs and not has_room(out):
         return "too little disk for the 8B shapes"
     return ""
 
@@ -144,7 +149,7 @@ def prepare(name: str, out: Path, deadline_s: float) -> str:
 def run(check: Check, number: int, out: Path, deadline_s: float) -> dict[str, object] | None:
     """A row of the summary; None where too little time is left."""
     key = {"check": check.name, "part": number, "goal": check.goal}
-    why = cannot(check) or next(filter(None, (prepare(name, out, deadline_s) for name in check.needs)), "")
+    why = cannot(check, out) or next(filter(None, (prepare(name, out, deadline_s) for name in check.needs)), "")
     if why:
         return {**key, "status": f"left out: {why}"}
     began_s = time.monotonic()
@@ -184,14 +189,14 @@ def run_all(checks: list[Check], out: Path, part: int | None, deadline_s: float)
     return all(rows.get((check.name, number), {}).get("status") == 0 for check, number in wanted)
 
 
-def dry_run(checks: list[Check]) -> int:
+def dry_run(checks: list[Check], out: Path) -> int:
     """Say what would run. 1 where a command names a file or an option that is not there."""
     missing = []
     for name, (_, command) in PREPARED.items():
         print(f"{name}, made where a check needs it, at most {PART_S} s:\n  " + shown(command))
         missing += [f"{name}: {told}" for told in unresolved(command) + unknown_options(command)]
     for check in checks:
-        why = cannot(check)
+        why = cannot(check, out)
         print(f"\n{check.name}: {check.question}\n  goal: {check.goal}" + (f"\n  left out here: {why}" if why else ""))
         print(f"  needs: {', '.join(check.needs) or 'nothing made here'}")
         for number, command in enumerate(check.parts, 1):
@@ -215,12 +220,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="that may be spent here")
     parser.add_argument("--dry-run", action="store_true", help="say what would run; fails where a file is missing")
     options = parser.parse_args()
-    for line in lacking():
+    out = options.out.absolute()
+    for line in lacking(out):
         print(f"cannot: {line}")
     wanted = [check for check in CHECKS if not options.only or check.name in options.only]
     if options.dry_run:
-        return dry_run(wanted)
-    out = options.out.absolute()
+        return dry_run(wanted, out)
     out.mkdir(parents=True, exist_ok=True)
     return 0 if run_all(wanted, out, options.part, time.monotonic() + options.seconds) else 1
 
