@@ -53,14 +53,18 @@ bench-full: bench
 	test -e $(BENCH)/swap.json || $(PYTHON) benchmarks/bench_swap.py $(BENCH)/swap.json
 	$(PYTHON) benchmarks/bench_table.py
 
-# On a GPU machine, in an environment with onlinespec[gpu,dev]: make gpu PYTHON=python. One check alone: ONLY=rows.
+# On a GPU machine, in an environment with onlinespec[gpu,dev]: make gpu PYTHON=python. Some checks alone: ONLY="boots rows",
+# one part: PART=2, within a loan of ten minutes: SECONDS=570, what would run: DRY=1. The same command goes on.
 gpu:
-	$(PYTHON) benchmarks/gpu/checks.py benchmarks/results/gpu $(if $(ONLY),--only $(ONLY)) $(if $(DRY),--dry-run)
+	$(PYTHON) benchmarks/gpu/checks.py runs/gpu $(if $(ONLY),--only $(ONLY)) $(if $(PART),--part $(PART)) \
+		$(if $(SECONDS),--seconds $(SECONDS)) $(if $(DRY),--dry-run)
 
-# What a GPU machine without a network needs beside torch 2.11.
-gpu-kit:
+# What a GPU machine without a network needs beside torch 2.11, about 50 MB each: carry one, and try 0.5.23 first.
+gpu-kit: gpu-kit/sglang-0.5.23.tar.xz gpu-kit/sglang-0.5.17.tar.xz
+
+gpu-kit/sglang-%.tar.xz: benchmarks/gpu/make_kit.sh benchmarks/gpu/kit-%.txt
 	mkdir -p gpu-kit
-	benchmarks/gpu/make_kit.sh 0.5.23 gpu-kit/sglang-0.5.23.tar.xz
+	benchmarks/gpu/make_kit.sh $* $@
 
 venv: $(READY)
 

@@ -12,7 +12,8 @@ it), and SGLang's own counters for the request are the walk's sums. Exits with s
 not. In other classes: live minus shadow accept length, shadow of the version that served the request's last step.
 
 Run, as often as wanted, each a boot that adds to OUT.json and goes on with the draft in OUT.draft:
-python benchmarks/bench_shadow_fidelity.py OUT.json --requests 500 --seconds 500
+python benchmarks/bench_shadow_fidelity.py OUT.json --requests 500 --seconds 500; other flags go to SGLang as they are.
+--temperature samples where the verifier samples, which a CPU's does not.
 """
 
 import argparse
@@ -90,18 +91,27 @@ async def ask(client: openai.AsyncOpenAI, model: str, prompt: Prompt, sampling: 
 class Part:
     """One boot: traffic, training, turns, and a row of figures for every request."""
 
-    def __init__(self, server: LiveServer, weights: dict[str, torch.Tensor], is_fresh: bool, seed: int):
+    def __init__(
+        self,
+        server: LiveServer,
+        weights: dict[str, torch.Tensor],
+        is_fresh: bool,
+        seed: int,
+        options: argparse.Namespace,
+    ):
         self.rows: list[dict] = []
         self.counters: Counter[str] = Counter()
         self._server = server
-        self._embed_VD = read_embedding(WORLD).float()
+        self._embed_VD = read_embedding(options.target).float()
+        self._device = options.device
         self.draft_config, _ = read_draft(server.paths.version(1))
-        config = load_config([CONFIG], [f"trainer.seed={seed}", "trainer.passes=2"])
+        sets = [f"trainer.seed={seed}", "trainer.passes=2", f"trainer.device={options.device}"]
+        config = load_config([CONFIG], sets)
         self.learner = Learner(config, self.draft_config, weights, self._embed_VD, is_fresh=is_fresh)
         self._assembler = Assembler(PrefixRows(2**28), 600, 2**30)
         self._receiver = SampleReceiver(server.paths.samples_endpoint)
         self._control = ControlClient(server.paths.control_endpoint)
-        sampling = Sampling(max_tokens=MAX_TOKENS)
+        sampling = Sampling(options.temperature, MAX_TOKENS)
         self._traffic = Traffic(server.base_url, partial(mixed_prompts, seed), NUM_USERS, sampling, ask)
         self._drafts: dict[int, Draft] = {}
         self._turn = ""
@@ -181,7 +191,7 @@ class Part:
             self._quiet()
         weights = self.learner.trainer.weights()
         self._own_since_s = float("inf")
-        self._drafts[self._server.num_versions + 1] = Draft(self.draft_config, weights)
+        self._drafts[self._server.num_versions + 1] = Draft(self.draft_config, weights).to(self._device)
         self._server.swap(weights)
         self._control.acknowledged(SetCapture(True, 0.5 if turn == "half captured" else 1.0))
         if is_quiet:
@@ -236,19 +246,22 @@ def summary(rows: list[dict]) -> list[dict]:
     return table
 
 
-def run(out: Path, server: LiveServer, num_requests: int, until_s: float) -> list[dict]:
+def run(server: LiveServer, until_s: float, options: argparse.Namespace) -> list[dict]:
     """Add a part to the report; all its rows. One that is cut short counts too."""
+    out: Path = options.out
     before = json.loads(out.read_text()) if out.exists() else {"parts": [], "rows": []}
     learned = out.with_suffix(".draft")
-    is_fresh = not learned.exists()
-    _, weights = read_draft(server.paths.version(1) if is_fresh else learned)
-    part = Part(server, weights, is_fresh, seed=len(before["parts"]) + 1)
+    is_first = not learned.exists()
+    is_fresh = is_first and options.draft.startswith("init")
+    _, weights = read_draft(server.paths.version(1) if is_first else learned)
+    part = Part(server, weights, is_fresh, len(before["parts"]) + 1, options)
     try:
-        part.play(num_requests, until_s)
+        part.play(options.requests, until_s)
     finally:
         write_draft(learned, part.draft_config, part.learner.trainer.weights())
         rows = before["rows"] + part.rows
-        parts = [*before["parts"], {**provenance(), **part.counters}]
+        served = {"target": str(options.target), "temperature": options.temperature}
+        parts = [*before["parts"], {**provenance(), **served, **part.counters}]
         report = {"parts": parts, "summary": summary(rows), "rows": rows}
         out.write_text(json.dumps(report, indent=1) + "\n")
         print(json.dumps(report["summary"], indent=1), flush=True)
@@ -261,10 +274,14 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--seconds", type=float, default=500, help="of this part, the server's start included")
-    options = parser.parse_args()
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--target", type=Path, default=WORLD)
+    parser.add_argument("--draft", default="init")
+    parser.add_argument("--device", default="cpu", help="of the training and the walks here")
+    options, flags = parser.parse_known_args()
     torch.set_num_threads(1)
-    with serving(free_port()) as server:
-        rows = run(options.out, server, options.requests, began_s + options.seconds)
+    with serving(free_port(), draft=options.draft, target=options.target, sglang_flags=flags) as server:
+        rows = run(server, began_s + options.seconds, options)
     unequal = [row for row in rows if row["fidelity"] == "complete" and not row["is_equal"]]
     print(f"complete requests whose walk is not what the server counted: {len(unequal)} {unequal[:3]}")
     return 1 if unequal else 0

@@ -7,7 +7,8 @@ to its ack, and at a change of the switchback where it meets the first decode st
 block, whose successor is always the other draft's. What is told of them: `onlinespec/bench/overhead_gaps.py`. The
 machine is shared, so read ratios within a run.
 
-Run: python benchmarks/bench_swap.py OUT.json --streams 1 16; the rows of another run join OUT.json.
+Run: python benchmarks/bench_swap.py OUT.json --streams 1 16; the rows of another run join OUT.json. Other flags go to
+SGLang as they are.
 """
 
 import argparse
@@ -178,9 +179,9 @@ def main() -> None:
     parser.add_argument("--switchback-seconds", type=float, default=60)
     parser.add_argument("--target", default=str(WORLD))
     parser.add_argument("--draft", default="init")
-    options = parser.parse_args()
+    options, flags = parser.parse_known_args()
     torch.set_num_threads(1)
-    with serving(free_port(), draft=options.draft, target=options.target) as server:
+    with serving(free_port(), draft=options.draft, target=options.target, sglang_flags=flags) as server:
         run(options.out, server, options.streams, options.swaps, options.switchback_seconds)
 
 

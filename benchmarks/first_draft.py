@@ -3,7 +3,7 @@
 Chats of the domain from the world's generator go through `onlinespec record-dataset` and `onlinespec train`; no server.
 SGLang loads OUT/train/draft. What is there already is used again.
 
-Run: python benchmarks/first_draft.py OUT [--chats 240] [--epochs 2]
+Run: python benchmarks/first_draft.py OUT [--chats 240] [--epochs 2] [--target DIR] [--set trainer.device=cuda]
 """
 
 import argparse
@@ -29,6 +29,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--chats", type=int, default=240)
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--target", default=WORLD)
+    parser.add_argument("--set", action="append", default=[], help="section.field=value of the training")
     options = parser.parse_args()
     draft = options.out / "train" / "draft"
     if (draft / "config.json").exists():
@@ -40,9 +42,10 @@ def main() -> None:
         for chat in islice(live(FIRST_DOMAIN, SEED), options.chats):
             turns = [{"role": "user", "content": chat.user}, {"role": "assistant", "content": chat.answer}]
             file.write(json.dumps({"messages": turns}) + "\n")
-    onlinespec("record-dataset", chats, "--target", WORLD, "--out", rows)
+    onlinespec("record-dataset", chats, "--target", options.target, "--out", rows)
     trained = ("--draft", "init", "--out", options.out / "train", "--epochs", options.epochs, "--eval-steps", 100)
-    onlinespec("train", "--recording", rows, "--target", WORLD, *trained)
+    sets = [part for override in options.set for part in ("--set", override)]
+    onlinespec("train", "--recording", rows, "--target", options.target, *trained, *sets)
 
 
 if __name__ == "__main__":

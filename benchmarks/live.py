@@ -59,14 +59,18 @@ class LiveServer:
 
 @contextlib.contextmanager
 def serving(
-    port: int, sets: Sequence[str] = (), draft: str = "init", target: str | Path = WORLD
+    port: int,
+    sets: Sequence[str] = (),
+    draft: str = "init",
+    target: str | Path = WORLD,
+    sglang_flags: Sequence[str] = (),
 ) -> Iterator[LiveServer]:
     """Boot, yield, stop; a SIGTERM to us ends the server too."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="osb-") as root:
         paths = RunPaths(root)
         paths.create()
-        flags = ["--port", str(port), "--random-seed", "1", "--log-level", "warning"]
+        flags = ["--port", str(port), "--random-seed", "1", "--log-level", "warning", *sglang_flags]
         ours = ["--draft", draft, "--run-dir", root, "--set", "supervisor.sidecar=false"]
         ours += [part for value in sets for part in ("--set", value)]
         command = [sys.executable, "-m", "onlinespec.cli", "serve", str(target), *ours, *flags]

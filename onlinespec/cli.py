@@ -306,17 +306,23 @@ def explain_config(
         typer.echo(line)
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def demo(
+    context: typer.Context,
     run_dir: Annotated[
         Path | None, typer.Option("--run-dir", help="Where to work; a new one under runs/ if left out.")
     ] = None,
     tokens: Annotated[int, typer.Option(help="Answer tokens per phase.", min=1000)] = 50_000,
+    target: Annotated[Path | None, typer.Option(help="Directory of another target that speaks this world.")] = None,
+    override: Overrides = None,
 ) -> None:
-    """Serve the demo world, shift its traffic half-way, and show what the draft learns."""
+    """Serve the demo world, shift its traffic half-way, and show what the draft learns.
+
+    Other flags go to SGLang as they are.
+    """
     from onlinespec.demo.run import run_demo
 
-    raise typer.Exit(run_demo(run_dir, tokens))
+    raise typer.Exit(run_demo(run_dir, tokens, override or [], target, context.args))
 
 
 def _say(line: str) -> None:

@@ -1,49 +1,200 @@
-"""What the GPU checks need that a CPU can tell: the files they name, the model they serve."""
+"""What the GPU checks need that a CPU can tell: the files they name, the models they serve, what they tell apart."""
 
+import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from tokenizers import Tokenizer
 
 from onlinespec.draft.config import read_target
-from onlinespec.draft.fresh import read_embedding
-from onlinespec.draft.header import target_digest
-from onlinespec.world.hf import AutoTokenizer
+from onlinespec.draft.fresh import build_fresh_draft, fresh_config, read_embedding
+from onlinespec.draft.header import aux_layers, target_digest
+from onlinespec.draft.sample import Sample, VerifySteps
+from onlinespec.world import WORLD
+from onlinespec.world.corpus import prompts
+from onlinespec.world.hf import AutoTokenizer, LlamaForCausalLM
+from onlinespec.world.target import validation_loss
 
 ROOT = Path(__file__).parent.parent
+HERE = ROOT / "benchmarks" / "gpu"
+CHECKS = ("boots", "rows", "closes", "tap", "swap", "trainer", "duty", "goodput", "profile")
 
 
 def run(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_a_dry_run_names_every_check_and_finds_the_files_of_all(tmp_path):
+@pytest.fixture
+def scripts(monkeypatch):
+    """Their folder is where Python looks first, as when they are run."""
+    monkeypatch.syspath_prepend(str(HERE.parent))
+    monkeypatch.syspath_prepend(str(HERE))
+
+
+@pytest.fixture(scope="module")
+def middle(tmp_path_factory) -> Path:
+    """A target of the smallest shape after two steps."""
+    folder = tmp_path_factory.mktemp("gpu") / "middle"
+    options = ("--shape", "tiny", "--device", "cpu", "--steps", "2", "--quality-prompts", "0")
+    done = run("benchmarks/gpu/middle.py", str(folder), *options)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_dry_run_names_every_check_and_its_limit_and_finds_the_files_and_options_of_all(tmp_path):
     done = run("benchmarks/gpu/checks.py", str(tmp_path / "out"), "--dry-run")
 
     assert done.returncode == 0, done.stdout + done.stderr
-    for check in ("closes", "rows", "tap", "swap", "trainer", "goodput"):
+    for check in CHECKS:
         assert f"\n{check}: " in done.stdout
+    assert done.stdout.count(", at most 540 s: ") == sum(
+        line.startswith("  part ") for line in done.stdout.splitlines()
+    )
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="says what a machine without a GPU lacks")
-def test_without_a_gpu_every_check_is_left_out_by_name(tmp_path):
+def test_without_a_gpu_every_part_is_left_out_by_name(tmp_path):
     done = run("benchmarks/gpu/checks.py", str(tmp_path / "out"), "--only", "rows", "trainer")
 
+    parts = json.loads((tmp_path / "out" / "summary.json").read_text())["parts"]
     assert done.returncode == 1
     assert "cannot: no CUDA device" in done.stdout
-    assert (tmp_path / "out" / "summary.json").read_text().count("left_out") == 2
+    assert [(row["check"], row["part"]) for row in parts] == [("rows", 1), ("rows", 2), ("rows", 3), ("trainer", 1)]
+    assert {row["status"] for row in parts} == {"left out: no CUDA device"}
 
 
-def test_the_random_target_is_one_that_the_server_and_the_trainer_can_read(tmp_path):
+def test_parts_that_succeeded_are_not_played_again_and_the_others_are(scripts, monkeypatch, tmp_path):
+    import checks
+    from plan import Check
+
+    monkeypatch.setattr(checks, "cannot", lambda check, out: "")
+    count = "import pathlib, sys; p = pathlib.Path(sys.argv[1]); p.open('a').write('x'); sys.exit(int(sys.argv[2]))"
+    parts = tuple((sys.executable, "-c", count, f"OUT/{name}", status) for name, status in (("a", "0"), ("b", "3")))
+    check = Check("counted", "", "", parts, has_server=False)
+
+    first = checks.run_all([check], tmp_path, None, float("inf"))
+    second = checks.run_all([check], tmp_path, None, float("inf"))
+    third = checks.run_all([check], tmp_path, 1, float("inf"))
+
+    rows = json.loads((tmp_path / "summary.json").read_text())["parts"]
+    assert (first, second, third) == (False, False, True)
+    assert [(row["part"], row["status"]) for row in rows] == [(1, 0), (2, 3)]
+    assert ((tmp_path / "a").read_text(), (tmp_path / "b").read_text()) == ("xx", "xx")
+
+
+def test_nothing_is_started_that_the_time_left_cannot_hold(scripts, monkeypatch, tmp_path):
+    import checks
+    from plan import Check
+
+    monkeypatch.setattr(checks, "cannot", lambda check, out: "")
+    check = Check("late", "", "", ((sys.executable, "-c", "open('OUT/ran', 'w')"),), has_server=False)
+
+    is_whole = checks.run_all([check], tmp_path, None, time.monotonic() + checks.MIN_PART_S)
+
+    assert not is_whole
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_part_over_its_limit_is_asked_to_end_so_that_it_can_end_its_server(scripts, tmp_path):
+    import checks
+
+    waits = ("sh", "-c", "trap 'echo ended; exit' TERM; while :; do sleep 1; done")
+
+    status = checks.play(waits, tmp_path, tmp_path / "log", 2.0, checks.ENVIRONMENT)
+
+    assert status == "over the time limit"
+    assert (tmp_path / "log").read_text().endswith("ended\n")
+
+
+def test_the_random_target_and_its_draft_are_ones_that_the_server_and_the_trainer_can_read(tmp_path):
     done = run("benchmarks/gpu/shapes.py", str(tmp_path), "--size", "tiny")
 
     assert done.returncode == 0, done.stderr
     facts = read_target(tmp_path)
-    assert (facts.num_layers, facts.vocab_size) == (4, 2048)
+    assert (facts.num_layers, facts.vocab_size) == (8, 2048)
     assert read_embedding(tmp_path).shape == (2048, facts.hidden_size)
     assert len(target_digest(tmp_path)) == 64
+    config, weights = build_fresh_draft(tmp_path, seed=0, config_path=tmp_path / "draft")
+    assert config.is_pruned
+    assert weights["lm_head.weight"].shape == (512, facts.hidden_size)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert len(tokenizer) == 2048
     assert tokenizer.decode([2047]) == "<x2047>"
+    first = json.loads((tmp_path / "prompts.jsonl").read_text().splitlines()[0])["prompt"]
+    assert len(tokenizer(first)["input_ids"]) == 512
+
+
+def test_the_middle_target_loads_with_the_loss_that_was_reported_and_a_fresh_draft_fits_it(middle):
+    reported = json.loads((middle / "trained.json").read_text())
+    model = LlamaForCausalLM.from_pretrained(middle, dtype=torch.float32)
+
+    loss = validation_loss(model, Tokenizer.from_file(str(WORLD / "tokenizer.json")))
+
+    assert reported["steps"] == 2
+    assert loss == pytest.approx(reported["validation_loss"], abs=1e-6)
+    assert AutoTokenizer.from_pretrained(middle).chat_template
+    facts = read_target(middle)
+    assert len(set(aux_layers(fresh_config(facts), facts.num_layers))) == 3
+
+
+@torch.inference_mode()
+def forward_sample(target: Path, text: str, shift: int) -> Sample:
+    """What the tap would have taken of one request, each row's hidden states `shift` rows further on."""
+    model, tokenizer = LlamaForCausalLM.from_pretrained(target), AutoTokenizer.from_pretrained(target)
+    tokens_T = torch.tensor(tokenizer(text)["input_ids"])
+    output = model.float()(tokens_T[None], output_hidden_states=True)
+    aux_TA = torch.cat([output.hidden_states[layer][0] for layer in (2, 4, 5)], dim=-1)
+    teacher = output.logits[0].topk(4)
+    everywhere_T = torch.ones(len(tokens_T), dtype=torch.bool)
+    return Sample(
+        request=1,
+        tenant="",
+        num_prompt_tokens=1,
+        temperature=0.0,
+        tokens_T=tokens_T,
+        aux_TA=aux_TA.roll(shift, dims=0),
+        has_aux_T=everywhere_T,
+        teacher_ids_Tk=teacher.indices,
+        teacher_logits_Tk=teacher.values,
+        teacher_lse_T=output.logits[0].logsumexp(1),
+        has_teacher_T=everywhere_T,
+        verify=VerifySteps(),
+        finish_reason="stop",
+        started_s=0.0,
+        ended_s=1.0,
+    )
+
+
+def test_rows_of_another_position_are_told_from_the_right_ones(scripts, middle):
+    from rows import Reference, summary
+
+    text = next(prompts("code", 1))
+    reference = Reference(middle, [2, 4, 5], "cpu")
+
+    right = summary(reference, [forward_sample(middle, text, shift=0)])
+    wrong = summary(reference, [forward_sample(middle, text, shift=1)])
+
+    assert all(found["is_near"] for found in right.values())
+    assert [name for name, found in wrong.items() if not found["is_near"]] == ["aux"]
+
+
+def test_a_profile_counts_a_device_with_two_streams_busy_once(scripts):
+    from decode_profile import summary
+
+    def event(category: str, name: str, ts: float, dur: float) -> dict:
+        return {"ph": "X", "cat": category, "name": name, "ts": ts, "dur": dur}
+
+    events = [
+        event("kernel", "gemm", 0, 4000),
+        event("gpu_memcpy", "copy", 2000, 4000),
+        event("kernel", "gemm", 9000, 1000),
+    ]
+
+    found = summary([*events, event("cpu_op", "aten::mm", 0, 500), {"ph": "M", "name": "process_name"}])
+
+    assert found == {"busy_frac": 0.7, "device_ms": {"gemm": 5.0, "copy": 4.0}, "host_ms": {"aten::mm": 0.5}}

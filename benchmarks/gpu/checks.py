@@ -1,214 +1,233 @@
-"""The checks that need a GPU, in order of worth, each also alone: `make gpu`.
+"""The checks of `plan`, which need a GPU, each also alone: `make gpu`.
 
-What this machine lacks is said first, and what cannot run for it is left out by name. Each check is a list of commands
-under one time limit; what they print goes to OUT/<check>.log, their JSON to OUT as soon as it is there, and a check
-that fails does not stop the next one. OUT/summary.json says what became of each.
+What this machine lacks is said first, and what cannot run for it is left out by name. What a part prints goes to
+OUT/<check>-<part>.log, its JSON to OUT as soon as it is there, and one that fails does not stop the next.
+OUT/summary.json says what became of each and is written after each; the same command goes on with the parts that have
+not succeeded. With --seconds nothing outlasts them. OUT also gets the models made here, 17 GB: keep it out of git, and
+copy what is to stay to benchmarks/results.
 
-Run: python benchmarks/gpu/checks.py OUT [--only closes rows ...] [--dry-run]
+Run: python benchmarks/gpu/checks.py OUT [--only boots rows ...] [--part 2] [--seconds 570] [--dry-run]
 """
 
 import argparse
+import functools
+import importlib.metadata
 import importlib.util
 import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from plan import CHECKS, PART_S, PREPARED, PYTHON, ROOM, Check, Words
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(HERE.parent))
 from provenance import provenance  # noqa: E402 - found by the line above
 
-PYTHON = sys.executable
-WIDE = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {
+    **os.environ,
+    "COLUMNS": "200",
+    "PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT)))),
+    "SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK": "1",  # the kit's kernels are those that torch 2.11 loads
+}
+PREPARING = {**ENVIRONMENT, "OMP_NUM_THREADS": "8"}
+"""no server runs meanwhile"""
 SHAPES_GB = 20
+STOP_S = 45
+MIN_PART_S = 120
+"""a server takes this long to start"""
 
 
-@dataclass(frozen=True)
-class Check:
-    """commands: words, OUT standing for the folder of results. goal: in words, for whoever reads the figures."""
-
-    name: str
-    question: str
-    goal: str
-    commands: tuple[tuple[str, ...], ...]
-    limit_s: int
-    needs_shapes: bool = False
+def has_sglang() -> bool:
+    return importlib.util.find_spec("sglang") is not None
 
 
-def pytest_of(*modules: str) -> tuple[str, ...]:
-    return (PYTHON, "-m", "pytest", "-q", *(f"tests/integration/test_{module}.py" for module in modules))
+def has_plugin() -> bool:
+    return "onlinespec" in {point.name for point in importlib.metadata.entry_points(group="sglang.srt.plugins")}
 
 
-def script(name: str, *words: str) -> tuple[str, ...]:
-    return (PYTHON, f"benchmarks/{name}.py", *words)
+def server_flags() -> Words:
+    """What every server is told beside a check's own flags. SGLang's default on this chip is FlashAttention 3, whose
+    kernels are 1.1 GB and so not in the kit."""
+    kernels = importlib.util.find_spec("sgl_kernel")
+    if kernels is None or kernels.origin is None or list(Path(kernels.origin).parent.glob("flash_ops*")):
+        return ()
+    return ("--attention-backend", "triton", "--sampling-backend", "pytorch")
 
 
-SHAPES = "OUT/shapes"
-SERVED_8B = ("--target", SHAPES, "--draft", "init:configs/draft_models/llama-3.1-8b-32k.json")
-CHECKS = (
-    Check(
-        "closes",
-        "Does the loop close with CUDA graphs, overlap scheduling and radix cache on, and do answers stay the same?",
-        "every check of the demo; 100 greedy answers equal under swaps, or apart at a near-tie",
-        (
-            (PYTHON, "-m", "onlinespec.cli", "demo", "--tokens", "20000", "--run-dir", "OUT/demo"),
-            pytest_of("identity"),
-        ),
-        1500,
-    ),
-    Check(
-        "rows",
-        "Are rows right under overlap and CUDA graphs, and does the shadow equal the live counters?",
-        "equal as integers; logits within bfloat16's tolerance",
-        (pytest_of("rows", "switchback", "updates"), script("bench_shadow_fidelity", "OUT/fidelity.json")),
-        1500,
-    ),
-    Check(
-        "tap",
-        "What does the tap cost at 1, 8, 32, 64 requests on Llama-3.1-8B's shape?",
-        "tokens/s at most 0.5 % less, p99 between tokens at most 1 % more",
-        tuple(
-            (
-                *(PYTHON, "-m", "onlinespec.cli", "bench", "overhead", *SERVED_8B),
-                *("--concurrency", str(users), "--json", f"OUT/tap-{users}.json"),
-            )
-            for users in (1, 8, 32, 64)
-        ),
-        2400,
-        needs_shapes=True,
-    ),
-    Check(
-        "swap",
-        "How long is the longest gap between tokens at a swap of a draft of the true size?",
-        "within one decode step; floor 2 x bytes / 4.3 TB/s",
-        (script("bench_swap", "OUT/swap.json", "--streams", "1", "16", *SERVED_8B),),
-        600,
-        needs_shapes=True,
-    ),
-    Check(
-        "trainer",
-        "How fast does a step train on Llama-3.1-8B's shape, in how much memory?",
-        "above the plain recipe in both",
-        (script("gpu/trainer", "OUT/trainer.json"),),
-        600,
-    ),
-    Check(
-        "goodput",
-        "What is it worth after a shift, against a frozen draft and no speculation?",
-        "0.98 of no speculation in every phase; more than the frozen draft after the shift",
-        ((PYTHON, "-m", "onlinespec.cli", "bench", "stream", "--json", "OUT/goodput.json"),),
-        2400,
-    ),
-)
+def has_room(out: Path) -> bool:
+    """For the 8B shapes, or they are there."""
+    return (out / "shapes").exists() or shutil.disk_usage(ROOT).free >= SHAPES_GB * 2**30
 
 
-def lacking() -> list[str]:
+def lacking(out: Path) -> list[str]:
     """What this machine has not, and what that leaves out."""
     found = []
     if not torch.cuda.is_available():
         found.append("no CUDA device that torch sees: nothing here is measured")
     elif torch.cuda.get_device_capability() < (8, 0):
         found.append("the GPU is older than sm_80: bfloat16 and FlashInfer are not what the figures are meant for")
-    if importlib.util.find_spec("sglang") is None:
+    if not has_sglang():
         found.append("no sglang: every check but `trainer` is left out; see `make gpu-kit`")
+    elif not has_plugin():
+        found.append("sglang would not find onlinespec's plugin: pip install --no-deps -e ., or use the kit's folder")
     if shutil.which("nvcc") is None:
-        found.append("no nvcc: serve with --attention-backend triton, FlashInfer's kernels cannot be compiled")
-    if shutil.disk_usage(ROOT).free < SHAPES_GB * 2**30:
-        found.append(f"less than {SHAPES_GB} GiB of disk: the 8B shapes, and so `tap` and `swap`, are left out")
+        found.append("no nvcc: kernels that SGLang compiles on first use cannot be")
+    if not has_room(out):
+        found.append(f"less than {SHAPES_GB} GiB of disk: what needs the 8B shapes is left out")
     return found
 
 
-def cannot(check: Check) -> str:
+def cannot(check: Check, out: Path) -> str:
     """Why this check is left out on this machine; empty where it is not."""
     if not torch.cuda.is_available():
         return "no CUDA device"
-    if check.name != "trainer" and importlib.util.find_spec("sglang") is None:
-        return "no sglang"
-    if check.needs_shapes and shutil.disk_usage(ROOT).free < SHAPES_GB * 2**30:
+    if check.has_server and not (has_sglang() and has_plugin()):
+        return "no sglang that finds onlinespec's plugin"
+    if "shapes" in check.needs and not has_room(out):
         return "too little disk for the 8B shapes"
     return ""
 
 
-def unresolved(check: Check) -> list[str]:
-    """Files that the check's commands name and that are not here."""
-    named = {word for command in check.commands for word in command if word.endswith((".py", ".json"))}
-    given = {word.partition(":")[2] if word.startswith("init:") else word for word in named}
-    return sorted(word for word in given if not word.startswith("OUT/") and not (ROOT / word).exists())
+def unresolved(command: Words) -> list[str]:
+    """Files that a command names and that are not here."""
+    named = [word for word in command if word.endswith((".py", ".json", ".yaml")) and not word.startswith("OUT/")]
+    return [f"{word} is not here" for word in named if not (ROOT / word).exists()]
 
 
-def unknown_options(command: tuple[str, ...]) -> list[str]:
+def unknown_options(command: Words) -> list[str]:
     """Options of a command of ours that its own help does not name."""
-    options = [word for word in command if word.startswith("--")]
-    if "pytest" in command or not options:
-        return []
     words = list(itertools.takewhile(lambda word: not word.startswith(("--", "OUT")), command))
-    said = subprocess.run([*words, "--help"], cwd=ROOT, capture_output=True, text=True, env=WIDE).stdout
-    return [f"{' '.join(words[1:])} has no {option}" for option in options if option not in said]
+    said = help_of(tuple(words))
+    options = {word for word in command if word.startswith("--") and word not in ROOM}
+    return [f"{' '.join(words[1:])} has no {option}" for option in sorted(options) if option not in said]
 
 
-def run(check: Check, out: Path) -> dict[str, object]:
-    """Every command of a check, whatever becomes of the one before."""
+@functools.cache
+def help_of(command: Words) -> str:
+    return subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT).stdout
+
+
+def play(command: Words, out: Path, log: Path, limit_s: float, environment: dict[str, str]) -> int | str:
+    """Status of a command. At its limit it is asked to end, since a kill would leave its servers on the GPU."""
+    words = [word.replace("OUT/", f"{out}/") for word in command]
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            words, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        try:
+            return process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return "over the time limit"
+
+
+def prepare(name: str, out: Path, deadline_s: float) -> str:
+    """Make what checks need where it is not there. Why it is not there in the end; empty where it is."""
+    marker, command = PREPARED[name]
+    if not (out / name / marker).exists():
+        print(f"preparing {name}", flush=True)
+        limit_s = min(PART_S, deadline_s - time.monotonic() - STOP_S)
+        status = play(command, out, out / f"{name}.log", max(1.0, limit_s), PREPARING)
+        if status != 0:
+            return f"{name}: {status}, see {name}.log"
+    return ""
+
+
+def run(check: Check, number: int, out: Path, deadline_s: float) -> dict[str, object] | None:
+    """A row of the summary; None where too little time is left."""
+    key = {"check": check.name, "part": number, "goal": check.goal}
+    why = cannot(check, out) or next(filter(None, (prepare(name, out, deadline_s) for name in check.needs)), "")
+    if why:
+        return {**key, "status": f"left out: {why}"}
     began_s = time.monotonic()
-    statuses = []
-    with (out / f"{check.name}.log").open("ab") as log:
-        for words in check.commands:
-            command = [word.replace("OUT", str(out)) if word.startswith("OUT") else word for word in words]
-            left_s = check.limit_s - (time.monotonic() - began_s)
-            try:
-                done = subprocess.run(
-                    command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=max(1, left_s), env=WIDE
-                )
-                statuses.append(done.returncode)
-            except subprocess.TimeoutExpired:
-                statuses.append("over the time limit")
+    limit_s = min(check.limit_s, deadline_s - began_s - STOP_S)
+    if limit_s < MIN_PART_S:
+        return None
+    command = (*check.parts[number - 1], *(server_flags() if check.has_server else ()))
+    if not check.goes_on:
+        for word in command:
+            if word.startswith("OUT/") and word.endswith(".json"):
+                Path(word.replace("OUT", str(out), 1)).unlink(missing_ok=True)
+    status = play(command, out, out / f"{check.name}-{number}.log", limit_s, ENVIRONMENT)
     seconds = round(time.monotonic() - began_s, 1)
-    return {"check": check.name, "goal": check.goal, "statuses": statuses, "seconds": seconds}
+    return {**key, "status": status, "seconds": seconds, "command": " ".join(command)}
+
+
+def run_all(checks: list[Check], out: Path, part: int | None, deadline_s: float) -> bool:
+    """Every part that has not succeeded yet, whatever becomes of the one before. False where one has not."""
+    summary = out / "summary.json"
+    rows = (
+        {(row["check"], row["part"]): row for row in json.loads(summary.read_text())["parts"]}
+        if summary.exists()
+        else {}
+    )
+    wanted = [(check, n) for check in checks for n in range(1, len(check.parts) + 1) if part in (None, n)]
+    for check, number in wanted:
+        key = check.name, number
+        if part is None and key in rows and rows[key]["status"] == 0:
+            continue
+        row = run(check, number, out, deadline_s)
+        if row is None:
+            print(f"{check.name}, part {number}: too little time left; the same command goes on with it")
+            break
+        rows[key] = row
+        print(json.dumps(row), flush=True)
+        summary.write_text(json.dumps({**provenance(), "parts": list(rows.values())}, indent=1) + "\n")
+    return all(rows.get((check.name, number), {}).get("status") == 0 for check, number in wanted)
+
+
+def dry_run(checks: list[Check], out: Path) -> int:
+    """Say what would run. 1 where a command names a file or an option that is not there."""
+    missing = []
+    for name, (_, command) in PREPARED.items():
+        print(f"{name}, made where a check needs it, at most {PART_S} s:\n  " + shown(command))
+        missing += [f"{name}: {told}" for told in unresolved(command) + unknown_options(command)]
+    for check in checks:
+        why = cannot(check, out)
+        print(f"\n{check.name}: {check.question}\n  goal: {check.goal}" + (f"\n  left out here: {why}" if why else ""))
+        print(f"  needs: {', '.join(check.needs) or 'nothing made here'}")
+        for number, command in enumerate(check.parts, 1):
+            print(f"  part {number}, at most {check.limit_s} s: {shown(command)}")
+        found = {told: None for command in check.parts for told in unresolved(command) + unknown_options(command)}
+        missing += [f"{check.name}: {told}" for told in found]
+    for line in missing:
+        print(line)
+    return 1 if missing else 0
+
+
+def shown(command: Words) -> str:
+    return " ".join(command).replace(PYTHON, "python")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", nargs="+", choices=[check.name for check in CHECKS])
+    parser.add_argument("--part", type=int, help="only this one of each check, whatever became of it before")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="that may be spent here")
     parser.add_argument("--dry-run", action="store_true", help="say what would run; fails where a file is missing")
     options = parser.parse_args()
     out = options.out.absolute()
-    for line in lacking():
+    for line in lacking(out):
         print(f"cannot: {line}")
     wanted = [check for check in CHECKS if not options.only or check.name in options.only]
     if options.dry_run:
-        return dry_run(wanted)
+        return dry_run(wanted, out)
     out.mkdir(parents=True, exist_ok=True)
-    if any(check.needs_shapes and not cannot(check) for check in wanted) and not (out / "shapes").exists():
-        subprocess.run(script("gpu/shapes", str(out / "shapes")), cwd=ROOT, check=True)
-    found = []
-    for check in wanted:
-        why = cannot(check)
-        found.append({"check": check.name, "left_out": why} if why else run(check, out))
-        print(json.dumps(found[-1]), flush=True)
-        (out / "summary.json").write_text(json.dumps({**provenance(), "checks": found}, indent=1) + "\n")
-    return 0 if all(set(row.get("statuses", ["left out"])) == {0} for row in found) else 1
-
-
-def dry_run(checks: list[Check]) -> int:
-    missing = []
-    for check in checks:
-        why = cannot(check)
-        print(f"\n{check.name}: {check.question}\n  goal: {check.goal}" + (f"\n  left out here: {why}" if why else ""))
-        for command in check.commands:
-            print("  " + " ".join(command).replace(PYTHON, "python"))
-        missing += [f"{check.name}: {word} is not here" for word in unresolved(check)]
-        missing += [f"{check.name}: {told}" for command in check.commands for told in unknown_options(command)]
-    for line in missing:
-        print(line)
-    return 1 if missing else 0
+    return 0 if run_all(wanted, out, options.part, time.monotonic() + options.seconds) else 1
 
 
 if __name__ == "__main__":

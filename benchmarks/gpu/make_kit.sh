@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Packs SGLang for a GPU machine without a network: Python 3.12, CUDA 13, torch 2.11 (cu130), sm_90, beside what an image
 # for torch usually has (numpy, triton, safetensors, aiohttp, requests, einops, psutil, uvloop, prometheus-client).
-# Left out: FlashAttention 3 (1.1 GB), other architectures, test and diffusion code. Serve with --attention-backend triton,
-# or flashinfer, which compiles on first use; --sampling-backend pytorch saves one more compilation.
+# Left out: FlashAttention 3 (1.1 GB), other architectures, test and diffusion code: checks.py serves with
+# --attention-backend triton then. In it is the entry point by which SGLang finds our plugin in an onlinespec that is
+# on PYTHONPATH and not installed.
 # usage: make_kit.sh 0.5.17|0.5.23 OUTFILE.tar.xz
-# there: mkdir SITE && tar -C SITE -xJf OUTFILE.tar.xz && export PYTHONPATH=SITE:$PWD && python benchmarks/gpu/checks.py OUT
+# there: mkdir SITE && tar -C SITE -xJf OUTFILE.tar.xz && PYTHONPATH=SITE:$PWD make gpu PYTHON=python
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 version=$1 out=$(realpath -m "$2")
@@ -26,6 +27,10 @@ done
 rm -f "$site"/xgrammar/lib/*.a "$site"/sglang/srt/rust_extensions/_{bench,multimodal}*.so
 find "$site" -name '*.so' -size +4M ! -name 'common_ops*' -exec strip --strip-unneeded {} \;
 rm -rf "$site"/sglang/{multimodal_gen,test,benchmark} "$site"/IPython/*/tests "$site"/{tools,lib,bin}
+info=$site/onlinespec-0.dist-info
+mkdir "$info"
+printf 'Metadata-Version: 2.1\nName: onlinespec\nVersion: 0\n' > "$info/METADATA"
+printf '[sglang.srt.plugins]\nonlinespec = onlinespec.plugin.entry:register\n' > "$info/entry_points.txt"
 find "$site" -name __pycache__ -prune -exec rm -rf {} +
 tar -C "$site" -c . | xz -T0 -9 > "$out"
 du -h "$out"

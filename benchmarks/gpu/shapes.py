@@ -1,7 +1,8 @@
 """A target of Llama-3.1-8B's shape with random weights, for what costs time and memory: no weights can be had there.
 
 Its tokenizer is the demo world's with tokens added up to the vocabulary, so that the server speaks its usual API. What
-it says is noise: an accept length of it means nothing.
+it says is noise: an accept length of it means nothing. OUT/draft is the shape of a draft for it, as `--draft init:`
+wants it: a part of the vocabulary, and the map that says which. OUT/prompts.jsonl: prompts of 512 tokens.
 
 Run: python benchmarks/gpu/shapes.py OUT [--size 8b|tiny]; 16 GB for 8b. tiny is for trying the scripts.
 """
@@ -14,14 +15,20 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 
 from onlinespec.world import WORLD
+from onlinespec.world.corpus import DOMAINS, prompts
 
 SIZES = {
     "8b": {"hidden": 4096, "ffn": 14336, "layers": 32, "heads": 32, "kv_heads": 8, "head_dim": 128, "vocab": 128256},
-    "tiny": {"hidden": 64, "ffn": 128, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 16, "vocab": 2048},
+    "tiny": {"hidden": 64, "ffn": 128, "layers": 8, "heads": 4, "kv_heads": 2, "head_dim": 16, "vocab": 2048},
 }
 STD = 0.02
+DRAFT_VOCAB_FRAC = 0.25
+NUM_PROMPTS = 2000
+PROMPT_TOKENS = 512
+"""the chat template's few not counted"""
 
 
 def config_of(size: dict[str, int]) -> dict[str, object]:
@@ -105,12 +112,40 @@ def write_tokenizer(out: Path, vocab_size: int) -> None:
     (out / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
+def write_draft_shape(out: Path, size: dict[str, int]) -> None:
+    """One layer of the target's own shape over the first quarter of its tokens."""
+    out.mkdir()
+    draft_vocab = int(DRAFT_VOCAB_FRAC * size["vocab"])
+    config = {
+        **config_of(size),
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "num_hidden_layers": 1,
+        "draft_vocab_size": draft_vocab,
+    }
+    (out / "config.json").write_text(json.dumps(config, indent=1))
+    save_file({"d2t": torch.zeros(draft_vocab, dtype=torch.int64)}, out / "map.safetensors")  # offsets, not ids
+
+
+def write_prompts(out: Path) -> None:
+    """Questions of the world one after another, cut at PROMPT_TOKENS tokens; no two begin alike."""
+    tokenizer = Tokenizer.from_file(str(WORLD / "tokenizer.json"))
+    streams = [prompts(domain, seed=1) for domain in DOMAINS]
+    with out.open("w") as file:
+        for number in range(NUM_PROMPTS):
+            ids = tokenizer.encode(f"{number}.").ids
+            while len(ids) < PROMPT_TOKENS:
+                ids += tokenizer.encode(next(streams[number % len(streams)]) + "\n").ids
+            file.write(json.dumps({"prompt": tokenizer.decode(ids[:PROMPT_TOKENS])}) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", choices=SIZES, default="8b")
     options = parser.parse_args()
     write_target(options.out, SIZES[options.size])
+    write_draft_shape(options.out / "draft", SIZES[options.size])
+    write_prompts(options.out / "prompts.jsonl")
 
 
 if __name__ == "__main__":

@@ -143,8 +143,9 @@ def _model(target: str) -> Path:
     return WORLD if target == DEMO else resolve_model(target)
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def overhead(
+    context: typer.Context,
     json: Annotated[Path, typer.Option(help="Where the result goes, a plot beside it; must not be there yet.")],
     run_dir: Annotated[
         Path | None, typer.Option("--run-dir", help="Of a running `onlinespec serve`; left out, one is started.")
@@ -162,12 +163,15 @@ def overhead(
 ) -> None:
     """What the tap, and training beside it, cost: tokens/s and token gaps of one server, switched in ABBA blocks.
 
-    The server's draft stays pinned meanwhile. A given server is left as it was.
+    The server's draft stays pinned meanwhile. A given server is left as it was; of one that is started, other flags go
+    to SGLang as they are.
     """
     from rich.console import Console
 
     from onlinespec.bench.overhead_run import OverheadPlan, run_overhead
 
+    if run_dir and context.args:
+        raise typer.BadParameter(f"{context.args[0]}: the server of --run-dir runs already; give it to `serve`")
     plan = OverheadPlan(
         out=json,
         run_dir=run_dir,
@@ -181,5 +185,6 @@ def overhead(
         max_tokens=max_tokens,
         config_files=tuple(config or ()),
         overrides=tuple(override or ()),
+        flags=tuple(context.args),
     )
     raise typer.Exit(0 if run_overhead(plan, Console()) else 1)

@@ -77,6 +77,7 @@ def run_overhead(plan: OverheadPlan, console: Console) -> bool:
         "num_pairs": plan.num_pairs,
         "draft": plan.draft if plan.run_dir is None else "the server's own",
         "overrides": list(plan.overrides),
+        "flags": list(plan.flags),
     }
     results = Results(plan.out, KIND, settings)
     with _server(plan, console) as run_dir, toggling(run_dir) as toggle:

@@ -38,9 +38,16 @@ TRAFFIC_SEED = 1
 PLAIN_EVERY = 50
 
 
-def run_demo(run_dir: Path | None, tokens_per_phase: int, overrides: Sequence[str] = ()) -> int:
+def run_demo(
+    run_dir: Path | None,
+    tokens_per_phase: int,
+    overrides: Sequence[str] = (),
+    target: Path | None = None,
+    sglang_flags: Sequence[str] = (),
+) -> int:
     """Serve, play the phases, roll back and undo it, show; returns the exit status: 0 where every check is met.
 
+    target: None for the demo world's own.
     Raises: OnlinespecError where the server cannot be started.
     """
     root = run_dir or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
@@ -50,7 +57,8 @@ def run_demo(run_dir: Path | None, tokens_per_phase: int, overrides: Sequence[st
     port = free_port()
     console.print(f"starting SGLang with an untrained draft, about a minute; its log is {paths.log}")
     with paths.log.open("wb") as log:
-        server = subprocess.Popen(serve_command(paths, port, overrides), stdout=log, stderr=subprocess.STDOUT)
+        command = serve_command(paths, port, overrides, target or WORLD, sglang_flags)
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
         wait_ready(paths, server, console)
         result = asyncio.run(_play(paths, f"http://127.0.0.1:{port}", tokens_per_phase, overrides, console))
@@ -63,11 +71,13 @@ def run_demo(run_dir: Path | None, tokens_per_phase: int, overrides: Sequence[st
     return 0 if all(check.is_met for check in found) else 1
 
 
-def serve_command(paths: RunPaths, port: int, overrides: Sequence[str]) -> list[str]:
+def serve_command(
+    paths: RunPaths, port: int, overrides: Sequence[str], target: Path, sglang_flags: Sequence[str]
+) -> list[str]:
     ours = ["--draft", "init", "--config", str(CONFIG), "--run-dir", str(paths.root)]
     sets = [part for override in overrides for part in ("--set", override)]
-    flags = ["--port", str(port), "--random-seed", "1", "--log-level", "warning"]
-    return [sys.executable, "-m", "onlinespec.cli", "serve", str(WORLD), *ours, *sets, *flags]
+    flags = ["--port", str(port), "--random-seed", "1", "--log-level", "warning", *sglang_flags]
+    return [sys.executable, "-m", "onlinespec.cli", "serve", str(target), *ours, *sets, *flags]
 
 
 def wait_ready(paths: RunPaths, server: subprocess.Popen, console: Console) -> None:
