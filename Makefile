@@ -27,7 +27,7 @@ bench: venv
 	mkdir -p $(BENCH)
 	$(PYTHON) benchmarks/first_draft.py $(BENCH)
 	$(PYTHON) -m onlinespec.cli bench stream --json $(BENCH)/stream.json --draft $(BENCH)/train/draft \
-		--config configs/demo.yaml --requests 300 \
+		--config configs/demo.yaml --requests 250 \
 		--arms "none;frozen;adaptive;recipe;onlinespec;onlinespec floor.enabled=true"
 	test -e $(BENCH)/overhead.json || $(PYTHON) -m onlinespec.cli bench overhead --json $(BENCH)/overhead.json \
 		--draft $(BENCH)/train/draft --config configs/demo.yaml --block-seconds 5

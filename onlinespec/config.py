@@ -32,11 +32,11 @@ class CaptureConfig(Section, frozen=True):
     """take rows at all; a request can also refuse with extra_body custom_params {"onlinespec": {"capture": false}}"""
     teacher_top_k: Annotated[int, msgspec.Meta(ge=1, le=256)] = 16
     """target logits kept per row, beside their logsumexp"""
-    queue_bytes: Positive = 64 * 2**20
-    """bytes of rows that may wait in the server for the sidecar; beyond it rows are dropped and counted"""
+    queue_bytes: Positive = 512 * 2**20
+    """bytes of rows that may wait in the server for the sidecar, a pass whole; beyond it they are dropped, counted"""
     ring_bytes: Positive = 256 * 2**20
     """bytes of pinned memory for passes between device and sender; one that finds no room is dropped and counted (a
-    prefill of 8192 tokens of an 8B target is 200 MB in bfloat16, half of it in float8; queue_bytes must hold it too)"""
+    prefill of 8192 tokens of an 8B target is 200 MB in bfloat16, half of it in float8)"""
     row_dtype: Literal["auto", "float8"] = "auto"
     """hidden states as they leave the server: auto: as the target computes them; float8: e4m3 with one scale a row, for
     half the bytes of bfloat16 and a relative error of up to 1/16 a value"""

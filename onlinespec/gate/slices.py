@@ -7,7 +7,7 @@ Proof. A slice that holds at least `slice_min_frac` of the race's requests must 
 `slice_tolerance_tokens` before the candidate is promoted: an e-process against "mean <= -tolerance" stands at 1 /
 slice_alpha. Absence of evidence is not enough. This is an intersection-union test: a candidate that loses more in
 some such slice needs the e-process of that very slice to err, so its chance of promotion is at most slice_alpha
-however many slices there are, and none is corrected for. The share is read with one standard error in doubt's
+however many slices there are, and none is corrected for. The share is read with 1.5 standard errors in doubt's
 favour: else a slice of a third, few of whose requests came first, would go unasked. A slice that is the whole race
 asks nothing: the main test says more.
 
@@ -37,6 +37,8 @@ from onlinespec.gate.eprocess import build_test
 from onlinespec.gate.verdict import SliceResult, Walked
 
 MAX_LABELS = 16
+_SHARE_ERRORS = 1.5
+"""standard errors by which a slice's share is taken for larger than it was"""
 REST = "(rest)"
 LENGTH_EDGES_TOKENS = (0, 32, 128, 512)
 
@@ -144,7 +146,7 @@ class Slices:
         """It may hold the share that matters, and is not the whole race, of which the main test says more."""
         wanted = self._config.slice_min_frac
         error = math.sqrt(wanted * (1.0 - wanted) / self._num_requests)
-        return (wanted - error) * self._num_requests <= part.num_requests < self._num_requests
+        return (wanted - _SHARE_ERRORS * error) * self._num_requests <= part.num_requests < self._num_requests
 
     def _places(self, dimension: str, label: str) -> Iterator[Slice]:
         """The label's own slice, where there is room for one; the rest, where the label is small."""
