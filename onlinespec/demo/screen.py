@@ -84,7 +84,8 @@ def final(result: Result, found: Sequence[Check]) -> RenderableType:
     swaps = (
         f"{result.promotions} promotions, {result.rollbacks} by rollback and its undoing; verdicts: "
         + ", ".join(f"{count} {decision}" for decision, count in result.verdicts.items())
-        + f"; {result.holdout_frac:.0%} of conversations never train, a candidate every {result.candidate_steps} trainer steps"
+        + f"; {result.holdout_frac:.0%} of conversations never train,"
+        + f" a candidate every {result.candidate_steps} trainer steps"
     )
     gaps = (
         f"longest gap between tokens: {_ms(result.longest_gap_at_swap_s)} within 0.25 s of a swap,"
