@@ -63,7 +63,7 @@ class Promoter:
         """requests to judge with that were not walked for want of rows"""
         self.last_verdict: Verdict | None = None
         self.cut_short: Verdict | None = None
-        """the last race that made room for a newer candidate"""
+        """of the last race that made room for a newer candidate"""
         self.last_refusal = ""
         """of a candidate that got no race; empty where there was none"""
         self.last_trial: CanaryVerdict | None = None
@@ -258,10 +258,12 @@ class Promoter:
             self._conclude(verdict)
         return verdict
 
-    def drifted(self) -> None:
-        """Acceptance fell: how long a race may take, and what the draft has accepted, are of other traffic."""
+    def drifted(self, now_s: float) -> None:
+        """Acceptance fell: what was shown, how long a race may take, and what is accepted are of other traffic."""
         self.patience.drifted()
         self.depth.forget_accept()
+        if self.race is not None and self.race.is_of_the_past:
+            self._cut_short("acceptance fell since it began", now_s)
 
     def expire(self, now_s: float) -> None:
         """Give up a race or a trial that has found too little traffic."""
@@ -273,14 +275,15 @@ class Promoter:
 
     def give_way(self, now_s: float) -> None:
         """Drop a candidate that will not make it soon at its present pace: a newer one waits, and may be judged."""
-        if self.race is None:
-            return
-        within = self.patience.within(self.race.alpha)
-        if self.race.is_stalled(within) and self._level() is not None:
-            reason = f"its pace promises no promotion within {within} held-out requests; a newer candidate goes on"
-            self.cut_short = self.race.withdraw(reason, now_s=now_s)
-            self._conclude(self.cut_short)
+        within = self.patience.within(self.race.alpha) if self.race is not None else 0
+        if self.race is not None and self.race.is_stalled(within) and self._level() is not None:
+            self._cut_short(f"its pace promises no promotion within {within} held-out requests", now_s)
             self.patience.cut_short()
+
+    def _cut_short(self, reason: str, now_s: float) -> None:
+        assert self.race is not None
+        self.cut_short = self.race.withdraw(f"{reason}; a newer candidate goes on", now_s=now_s)
+        self._conclude(self.cut_short)
 
     def _conclude(self, verdict: Verdict) -> None:
         candidate, self._candidate, self.race = self._candidate, None, None

@@ -254,7 +254,7 @@ class Sidecar:
             print(f"onlinespec sidecar: {event}", flush=True)
             if event.kind != "mix":
                 self._pace.drifted()
-                self.promoter.drifted()
+                self.promoter.drifted(time.time())
 
     def _may_train(self) -> bool:
         running = self._server_counters.get("running_requests", 0)

@@ -153,8 +153,22 @@ def test_a_stalled_race_makes_room_for_a_newer_candidate_and_the_next_may_take_l
     assert not promoter.is_busy
     assert promoter.cut_short is promoter.last_verdict
     assert promoter.patience.requests == 2 * before
-    promoter.drifted()
+    promoter.drifted(time.time())
     assert promoter.patience.requests == before
+
+
+@pytest.mark.parametrize("num_requests", [11, 12])
+def test_drift_ends_a_race_that_rests_on_requests_from_before_and_not_one_that_just_began(
+    paths, server, monkeypatch, num_requests
+):
+    promoter = build_promoter(paths)
+    promoter.freeze(build_draft(seed=9).weights(), PROVENANCE)
+    assert promoter.race is not None
+    promoter.race.num_requests = num_requests
+
+    promoter.drifted(time.time())
+
+    assert promoter.is_busy == (num_requests == 11)
 
 
 def test_a_stalled_race_goes_on_where_no_other_may_begin(paths, server, monkeypatch):

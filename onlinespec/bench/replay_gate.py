@@ -116,7 +116,11 @@ class ReplayGate:
         num_steps, end = self._shape.num_draft_steps, sample.num_tokens - 1
         found = matches_each([self.incumbent, self._candidate], sample, self._shape.embed_VD, num_steps)
         incumbent, candidate = (accept_walk(matches, sample.num_prompt_tokens, end, num_steps) for matches in found)
-        self._watch(cluster, clusters, incumbent)
+        if self._has_drifted(cluster, clusters, incumbent):
+            self._patience.drifted()
+            if race.is_of_the_past:
+                race.withdraw("acceptance fell since it began", now_s=sample.ended_s)
+                return self._conclude(sample.ended_s)
         verdict = race.observe(
             sample.request,
             walked(incumbent, end, num_steps),
@@ -133,14 +137,13 @@ class ReplayGate:
         )
         return verdict is not None and self._conclude(sample.ended_s)
 
-    def _watch(self, cluster: int | None, clusters: Collection[int], steps: VerifySteps) -> None:
-        """For drift, on the requests of races; the sidecar watches all."""
+    def _has_drifted(self, cluster: int | None, clusters: Collection[int], steps: VerifySteps) -> bool:
+        """On the requests of races; the sidecar watches all."""
         if cluster is None:
-            return
+            return False
         self._drift.keep_only(clusters)
         served = replace(steps, version=[self._num_promotions] * len(steps))
-        if any(event.kind != "mix" for event in self._drift.observe(cluster, served, self._num_promotions)):
-            self._patience.drifted()
+        return any(event.kind != "mix" for event in self._drift.observe(cluster, served, self._num_promotions))
 
     def _conclude(self, now_s: float) -> bool:
         """Of the race that has its verdict; True where the candidate is the incumbent now."""

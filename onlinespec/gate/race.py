@@ -126,6 +126,11 @@ class Race:
     def span_s(self) -> float:
         return max(self._starts_s[1] - self._starts_s[0], 0.0)
 
+    @property
+    def is_of_the_past(self) -> bool:
+        """Asked where acceptance fell: it rests on enough requests from before to be won on them."""
+        return self.num_requests >= self._config.stall_requests and not self.has_passed
+
     def is_stalled(self, within_requests: int) -> bool:
         """Even at a hopeful reading of its pace the race would not be won within so many requests from its start.
 
