@@ -27,7 +27,7 @@ bench: venv
 	mkdir -p $(BENCH)
 	$(PYTHON) benchmarks/first_draft.py $(BENCH)
 	$(PYTHON) -m onlinespec.cli bench stream --json $(BENCH)/stream.json --draft $(BENCH)/train/draft \
-		--config configs/demo.yaml --requests 250 \
+		--config configs/demo.yaml --requests 200 \
 		--arms "none;frozen;adaptive;recipe;onlinespec;onlinespec floor.enabled=true"
 	test -e $(BENCH)/overhead.json || $(PYTHON) -m onlinespec.cli bench overhead --json $(BENCH)/overhead.json \
 		--draft $(BENCH)/train/draft --config configs/demo.yaml --block-seconds 5
@@ -41,7 +41,7 @@ RECORDED = $(foreach seed,101 102 103 104 105,--replay $(STREAMS)/code-$(seed) -
 bench-full: bench
 	$(PYTHON) benchmarks/record_streams.py $(STREAMS)
 	$(PYTHON) -m onlinespec.cli bench stream --json $(BENCH)/replay.json $(RECORDED) \
-		--config configs/demo.yaml --tokens 40000 --arms "recipe;recipe-steps;onlinespec"
+		--config configs/demo.yaml --tokens 20000 --arms "recipe;recipe-steps;onlinespec"
 	$(PYTHON) -m onlinespec.cli bench stream --json $(BENCH)/replay-orders.json $(RECORDED) \
 		--config configs/demo.yaml --tokens 16000 --arms "recipe;onlinespec" --orders "gradual,recurring,bursts" --seeds 2
 	cp $(BENCH)/replay.json benchmarks/results/bench-replay.json

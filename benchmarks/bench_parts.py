@@ -7,7 +7,7 @@ import msgspec
 
 from onlinespec.bench.interval import Interval
 from onlinespec.bench.overhead import Overhead
-from onlinespec.bench.replay_report import RecoveryLine, ReplayLine
+from onlinespec.bench.replay_report import OF_RECIPE, ReplayLine, recovery_cells
 from onlinespec.bench.stream import LiveLine
 
 DASH = "-"
@@ -90,7 +90,8 @@ def replay_part(result: dict[str, Any]) -> str:
             line.order,
             line.arm,
             str(line.num_seeds),
-            *(cell for recovery in line.recoveries for cell in _recovery(recovery, line.num_seeds)),
+            *recovery_cells(line.to_recipe, line.num_seeds),
+            *(cell for recovery in line.recoveries for cell in recovery_cells(recovery, line.num_seeds)),
             f"{line.final} of {line.oracle:.3g}",
             told(line.regret_area),
             told(line.forgotten),
@@ -99,11 +100,13 @@ def replay_part(result: dict[str, Any]) -> str:
         )
         for line in lines
     ]
-    reached = [cell for level in levels for cell in (f"tokens to {level:.0%}", "over the recipe's")]
+    reached = [cell for level in levels for cell in (f"to {level:.0%} of the oracle", "over the recipe's")]
     headings = (
         "order",
         "arm",
         "seeds",
+        f"tokens to {OF_RECIPE:.0%} of the recipe's last",
+        "over the recipe's",
         *reached,
         "final accept length",
         "regret",
@@ -113,13 +116,6 @@ def replay_part(result: dict[str, Any]) -> str:
     )
     tokens = result["settings"].get("tokens_per_domain") or result["settings"].get("num_tokens")
     return f"{made_by(result)}\n\n{tokens} answer tokens a domain.\n\n{markdown(headings, rows)}"
-
-
-def _recovery(line: RecoveryLine, num_seeds: int) -> tuple[str, str]:
-    missed = num_seeds - line.num_reached
-    tokens = f"> {line.tokens.mean:.0f} ({missed} of {num_seeds} missed)" if missed else str(line.tokens)
-    ratio = told(line.tokens_over_recipe)
-    return tokens, f"at most {ratio}" if line.is_at_most else ratio
 
 
 def overhead_part(result: dict[str, Any]) -> str:

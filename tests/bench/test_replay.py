@@ -13,7 +13,7 @@ from onlinespec.bench.arms import parse_arm
 from onlinespec.bench.replay import DomainResult, Look, Recovery, ReplayRow, World, play, result_of
 from onlinespec.bench.replay_gate import ReplayGate, Shape
 from onlinespec.bench.replay_orders import ORDERS, schedule, tokens_per_s
-from onlinespec.bench.replay_report import num_gained, summarise_rows, table
+from onlinespec.bench.replay_report import num_gained, recovery_to, summarise_rows, table
 from onlinespec.bench.replay_run import ReplayPlan, run_replay
 from onlinespec.bench.replay_world import NUM_HELD_OUT, choose_held_out, domain_and_path
 from onlinespec.draft.fresh import build_fresh_draft, read_embedding
@@ -265,6 +265,23 @@ def test_the_ratio_to_the_recipe_is_paired_by_seed():
     assert recovery.tokens_over_recipe.low == pytest.approx(0.25)
     assert (recovery.num_reached, recovery.is_at_most, ours.num_seeds) == (2, False, 2)
     assert ours.regret_area.mean == 3.0
+
+
+def test_recovery_to_what_the_recipe_ends_with_is_read_off_the_drafts_that_served():
+    lengths = ((0, 1.0), (12, 1.5), (14, 2.25), (16, 2.5))
+    looks = [Look(i, 10 * i, {"a": 3.0, "b": b}) for i, b in lengths]
+    recipe = msgspec.structs.replace(row("recipe", 0, 100), looks=[*looks[:1], Look(20, 200, {"a": 1.0, "b": 2.5})])
+    ours = msgspec.structs.replace(row("onlinespec", 0, 100), looks=looks)
+
+    line = summarise_rows([recipe, ours])[1].to_recipe
+
+    # The recipe ends at 2.5: 0.9 of it 4 requests and 40 tokens after the shift, the recipe itself after 10 and 100.
+    assert line is not None
+    assert (line.tokens.mean, line.requests.mean) == (40, 4)
+    assert line.tokens_over_recipe is not None
+    assert line.tokens_over_recipe.mean == pytest.approx(0.4)
+    assert summarise_rows([ours])[0].to_recipe is None
+    assert not recovery_to(ours, 2.6).is_reached
 
 
 def test_a_recipe_that_never_gets_there_makes_the_ratio_a_bound_and_an_arm_that_does_not_has_none():
