@@ -226,7 +226,9 @@ class Sidecar:
         prompt = sample.tokens_T[: sample.num_prompt_tokens].tolist()
         span, is_first_turn = first_user_span(prompt, self._generation_prompt)
         sample, side = self._sides.side(sample, prompt[:span], is_first_turn)
-        cluster = self.learner.buffer.clusters.nearest(pooled(sample.aux_TA, sample.has_aux_T))
+        cluster = None
+        if side.is_judge or not side.trains:
+            cluster = self.learner.buffer.clusters.nearest(pooled(sample.aux_TA, sample.has_aux_T))
         verdict = self.promoter.observe(sample, cluster, side.is_judge)
         self.counters["judging_samples"] += side.is_judge
         self.counters["heldout_samples"] += not side.trains

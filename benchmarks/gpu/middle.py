@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from onlinespec.world import WORLD, quality
 from onlinespec.world.corpus import SHIFT_DOMAIN, live
-from onlinespec.world.hf import LlamaConfig, LlamaForCausalLM
+from onlinespec.world.hf import LlamaForCausalLM
 from onlinespec.world.target import (
     ADAMW_LR,
     MUON_LR,
@@ -28,11 +28,12 @@ from onlinespec.world.target import (
     Batch,
     batches,
     build_optimizers,
+    build_target,
     save_target,
     validation_loss,
     weighted_loss,
 )
-from onlinespec.world.tokenizer import BOS_ID, END_ID, MAX_POSITIONS, PAD_ID, VOCAB_SIZE
+from onlinespec.world.tokenizer import PAD_ID
 
 SHAPES = {
     "middle": {"hidden": 1024, "ffn": 2816, "layers": 12, "heads": 16, "kv_heads": 8, "head_dim": 64},
@@ -42,25 +43,6 @@ DEMO_HIDDEN = 192
 """of the target that ADAMW_LR was chosen for; it falls with the square root of the width"""
 PROMPT_WEIGHT = 0.1
 NUM_QUALITY_PROMPTS = 50
-
-
-def build(shape: dict[str, int]) -> LlamaForCausalLM:
-    """Untrained, float32; everything but its size as in `onlinespec.world.target`."""
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=shape["hidden"],
-        intermediate_size=shape["ffn"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["kv_heads"],
-        head_dim=shape["head_dim"],
-        max_position_embeddings=MAX_POSITIONS,
-        tie_word_embeddings=True,
-        bos_token_id=BOS_ID,
-        eos_token_id=END_ID,
-        pad_token_id=PAD_ID,
-    )
-    return LlamaForCausalLM(config)
 
 
 def train(model: LlamaForCausalLM, tokenizer: Tokenizer, done_frac: Callable[[int, float], float]) -> dict[str, float]:
@@ -116,7 +98,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")  # Muon's own products
-    model = build(SHAPES[options.shape]).to(options.device)
+    model = build_target(**SHAPES[options.shape]).to(options.device)
     tokenizer = Tokenizer.from_file(str(WORLD / "tokenizer.json"))
     if options.steps:
         trained = train(model, tokenizer, lambda steps, _: steps / options.steps)

@@ -53,16 +53,18 @@ class Batch:
     weights_BT: torch.Tensor
 
 
-def build_target() -> LlamaForCausalLM:
-    """Return an untrained target, float32, about 3.3 M parameters."""
+def build_target(
+    hidden: int = 192, ffn: int = 384, layers: int = 8, heads: int = 4, kv_heads: int = 2, head_dim: int = 64
+) -> LlamaForCausalLM:
+    """Return an untrained target, float32, about 3.3 M parameters in the demo's shape."""
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=192,
-        intermediate_size=384,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
         bos_token_id=BOS_ID,

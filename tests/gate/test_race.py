@@ -292,8 +292,8 @@ def test_a_race_that_waits_for_its_slices_alone_is_not_stalled():
     assert not contest.is_stalled(40)
 
 
-@pytest.mark.parametrize(("gain", "within"), [(0.5, 64), (0.1, 256), (0.05, 1000)])
-def test_a_gain_with_the_usual_spread_is_seldom_stalled_at_any_look_where_there_is_time(gain, within):
+@pytest.mark.parametrize(("gain", "within", "most"), [(0.5, 64, 0), (0.1, 256, 2), (0.05, 1000, 5)])
+def test_a_gain_with_the_usual_spread_is_seldom_stalled_at_any_look_where_there_is_time(gain, within, most):
     random = np.random.default_rng(8)
     num_stalled = 0
     for _ in range(40):
@@ -304,7 +304,7 @@ def test_a_gain_with_the_usual_spread_is_seldom_stalled_at_any_look_where_there_
                 num_stalled += not is_over
                 break
 
-    assert num_stalled <= 6
+    assert num_stalled <= most
 
 
 def test_a_race_younger_than_the_window_is_not_stalled():
