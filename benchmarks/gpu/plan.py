@@ -48,8 +48,8 @@ ROOM = ("--mem-fraction-static", "0.7")
 """SGLang's own flag: the trainer, some 13 GB by its parameters, and two resident drafts want a place on the same GPU"""
 # A row of this shape is 3 * 4096 * 2 = 24,576 bytes, 132 more with a teacher: 18.9 MB on the wire for an answer of 256
 # tokens to a prompt of 512. What is queued waits in the ring, where verify passes lie whole: 512 * 24,576 + 256 * 4 *
-# 24,708 = 37.9 MB at accept length 1. `bench overhead` stops the sidecar for two tap blocks at a time, 10 s: a ring of
-# 16 GiB and a queue of 8 lose nothing of 116,000 output tokens. 64 requests in flight hold 1.2 GB in the assembler.
+# 24,708 = 37.9 MB at accept length 1. Of a sidecar that is busy, a ring of 16 GiB and a queue of 8 hold 116,000 output
+# tokens: no row is to be dropped while costs are measured. 64 requests in flight hold 1.2 GB in the assembler.
 ROWS_8B = sets("capture.ring_bytes=17179869184", "capture.queue_bytes=8589934592", "buffer.open_bytes=4294967296")
 PAIRS = ("--suite", "OUT/shapes/prompts.jsonl", "--max-tokens", "256", "--pairs", "20", "--block-seconds", "4")
 OVERHEAD = (*TRUE_SIZE, *PAIRS, "--swaps", "0", *ROWS_8B, *ON_GPU)

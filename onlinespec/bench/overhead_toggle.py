@@ -1,19 +1,20 @@
 """What a running server of ours does beside serving, switched while it serves: nothing, the tap, the tap and training.
 
     off        capture off (`SetCapture`), the sidecar stopped (SIGSTOP)
-    tap        capture on, the sidecar stopped: rows are taken, copied, encoded and queued, and nobody receives them
-    training   capture on, the sidecar running: it receives, also what was queued, trains and judges
+    tap        capture on, the sidecar stopped: rows are taken, copied, gathered, encoded and sent to a `Drain`
+    training   capture on, the sidecar running: it receives, trains and judges
 
 A stopped process uses no CPU and keeps its state, so the three differ in nothing else, and the server needs no switch
-for it. Rows wait in the server's bounded queue meanwhile; where a block's rows exceed `capture.queue_bytes` the rest
-is dropped, which costs less than sending, and the drops are counted by state. The draft is pinned, so that training
-changes no accept length: candidates are judged, at their cost, and none comes into service.
+for it. The drain throws rows away, so the server has the whole work of sending in each block and owes none to the
+next; a few messages wait in the stopped sidecar's socket. Drops are counted by state. The draft is pinned, so that
+training changes no accept length: candidates are judged, at their cost, and none comes into service.
 """
 
 import contextlib
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,20 +27,44 @@ from onlinespec.paths import RunPaths
 from onlinespec.versions.journal import Journal
 from onlinespec.versions.state import state_of
 from onlinespec.wire.messages import GetStatus, SetCapture, Status
-from onlinespec.wire.sockets import ControlClient
+from onlinespec.wire.sockets import ControlClient, SampleReceiver
 
 State = Literal["off", "tap", "training"]
 STATES: tuple[State, ...] = get_args(State)
 _SIDECAR = b"onlinespec.sidecar"
 _SIDECAR_S = 60.0
+_DRAIN_POLL_S = 0.05
+
+
+class Drain:
+    """Receives what a server's tap sends and throws it away, from now until `close`."""
+
+    def __init__(self, endpoint: str):
+        self.num_messages = 0
+        self._is_closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(endpoint,), daemon=True)
+        self._thread.start()
+
+    def _run(self, endpoint: str) -> None:
+        receiver = SampleReceiver(endpoint)
+        while not self._is_closing.is_set():
+            with contextlib.suppress(WireError):  # what does not decode is thrown away like the rest
+                self.num_messages += receiver.receive(_DRAIN_POLL_S) is not None
+        receiver.close()
+
+    def close(self) -> None:
+        self._is_closing.set()
+        self._thread.join()
 
 
 class Toggle:
-    """Of one server, by its run directory. Only its own sidecar is ever signalled."""
+    """Of one server, by its run directory. Only its own sidecar is ever signalled; `close` ends the drain."""
 
     def __init__(self, run_dir: Path, sidecar_pid: int):
         self.paths = RunPaths(run_dir)
         self.control = ControlClient(self.paths.control_endpoint)
+        self.drain: Drain | None = None
+        """while the state is `tap`"""
         self._pid = sidecar_pid
 
     def set(self, state: State) -> None:
@@ -48,7 +73,15 @@ class Toggle:
             os.kill(self._pid, signal.SIGCONT if state == "training" else signal.SIGSTOP)
         except ProcessLookupError as error:
             raise BenchError(f"the sidecar, process {self._pid}, is gone; its last words are in the log") from error
+        self.close()
+        if state == "tap":
+            self.drain = Drain(self.paths.samples_endpoint)
         self.control.acknowledged(SetCapture(enabled=state != "off"))
+
+    def close(self) -> None:
+        if self.drain is not None:
+            self.drain.close()
+            self.drain = None
 
     def status(self) -> Status:
         """Raises: WireError."""
@@ -109,6 +142,7 @@ def toggling(run_dir: Path) -> Iterator[Toggle]:
     try:
         yield toggle
     finally:
+        toggle.close()
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
         with contextlib.suppress(WireError):  # it died: then there is nothing to put back

@@ -21,7 +21,8 @@ from onlinespec.errors import BenchError
 from onlinespec.launch import read_launch, write_launch
 from onlinespec.versions.journal import Journal
 from onlinespec.versions.state import state_of
-from onlinespec.wire.messages import Ack, SetCapture
+from onlinespec.wire.messages import Ack, Heartbeat, SetCapture
+from onlinespec.wire.sockets import SampleSender
 from tests.fake_server import FakeServer, lay_out
 
 
@@ -150,6 +151,27 @@ def test_each_state_sets_capture_and_stops_or_lets_run_the_sidecar(tmp_path: Pat
         seen.append((server.captures[-1], state_of_process(sidecar.pid) == "T"))
 
     assert seen == [(False, True), (True, True), (True, False)]
+
+
+def test_the_tap_s_rows_are_received_and_thrown_away_and_none_is_owed_to_the_next_block(
+    tmp_path: Path, sidecar: subprocess.Popen
+):
+    paths = lay_out(tmp_path)
+    CapturingServer(paths, 3)
+    toggle = Toggle(tmp_path, sidecar.pid)
+    sender = SampleSender(paths.samples_endpoint, 1 << 20, lambda: 3)
+
+    toggle.set("tap")
+    for _ in range(100):
+        sender.offer(Heartbeat(3, {}), [b"row"])
+    deadline_s = time.monotonic() + 10
+    while toggle.drain.num_messages < 100 and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+
+    assert toggle.drain.num_messages >= 100  # the sender's own heartbeats too
+    assert sender.counters["dropped_messages"] == 0
+    toggle.set("training")
+    assert toggle.drain is None
 
 
 def test_afterwards_the_server_is_as_it_was_whatever_ended_the_bench(tmp_path: Path, sidecar: subprocess.Popen):
