@@ -263,7 +263,7 @@ class CanaryConfig(Section, frozen=True):
 
     enabled: bool = True
     """try a candidate in live traffic before it is promoted"""
-    block_steps: Annotated[int, msgspec.Meta(ge=3)] = 16
+    block_steps: Annotated[int, msgspec.Meta(ge=3)] = 8
     """decode steps of a block; a pair is one block of each draft, in coin-tossed order"""
     alpha: OpenFraction = 0.05
     """largest chance that one worse by harm_tolerance_tokens passes, and that a harmless one is stopped for harm"""

@@ -11,6 +11,9 @@ on this pair, whatever the trend. So "effect >= -harm_tolerance_tokens" is a sta
 difference given the past, the differences are bounded by K, and the betting e-process (`eprocess`) tests it at every
 pair. Nothing is assumed of the requests: turns of one conversation may fill a canary, the coin is the only chance
 that is used. Two such tests run, for harm (H0: no harm) and for harmlessness (H0: harm beyond the tolerance).
+Differences are not clipped as the race's are: where the traffic turns between two blocks by more than a clip, c1 - i2
+and c2 - i1 are cut unequally, and their mean is the effect no more. So a pair's evidence is limited by the bound K
+and seldom by its noise, and short blocks decide in fewer decode steps (`benchmarks/guard_delay.py`).
 
 Step cost is seconds per decode step. Its ratio is not bounded (one stall of the machine is a factor of ten), so its
 test uses the coin otherwise: where the candidate costs the same factor c in both blocks, the log-ratio is log c plus
