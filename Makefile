@@ -31,8 +31,8 @@ bench: venv
 		--arms "none;frozen;adaptive;recipe;onlinespec;onlinespec floor.enabled=true"
 	test -e $(BENCH)/overhead.json || $(PYTHON) -m onlinespec.cli bench overhead --json $(BENCH)/overhead.json \
 		--draft $(BENCH)/train/draft --config configs/demo.yaml --block-seconds 5
-	cp $(BENCH)/stream.json benchmarks/results/bench-stream.json
-	cp $(BENCH)/overhead.json benchmarks/results/bench-overhead.json
+	for end in json png; do for part in stream overhead; do \
+		cp $(BENCH)/$$part.$$end benchmarks/results/bench-$$part.$$end || exit 1; done; done
 	$(PYTHON) benchmarks/bench_table.py
 
 # The rest of RESULTS.md that has no command of its own there: hours, one JSON a part, each goes on where it stopped.
@@ -44,8 +44,8 @@ bench-full: bench
 		--config configs/demo.yaml --tokens 20000 --arms "recipe;recipe-steps;onlinespec"
 	$(PYTHON) -m onlinespec.cli bench stream --json $(BENCH)/replay-orders.json $(RECORDED) \
 		--config configs/demo.yaml --tokens 16000 --arms "recipe;onlinespec" --orders "gradual,recurring,bursts" --seeds 2
-	cp $(BENCH)/replay.json benchmarks/results/bench-replay.json
-	cp $(BENCH)/replay-orders.json benchmarks/results/bench-replay-orders.json
+	for end in json png; do for part in replay replay-orders; do \
+		cp $(BENCH)/$$part.$$end benchmarks/results/bench-$$part.$$end || exit 1; done; done
 	$(PYTHON) benchmarks/bench_learning.py $(STREAMS) $(BENCH)/learning.json
 	test -e $(BENCH)/gate.json || $(PYTHON) benchmarks/bench_gate.py $(BENCH)/gate.json
 	test -e $(BENCH)/battery.json || $(PYTHON) benchmarks/bench_battery.py $(BENCH)/battery.json
@@ -68,11 +68,14 @@ gpu-kit/sglang-%.tar.xz: benchmarks/gpu/make_kit.sh benchmarks/gpu/kit-%.txt
 
 venv: $(READY)
 
-$(READY): requirements-cpu.txt requirements-dev.txt pyproject.toml
+# The wheels of every SGLang we know are read by a test, not installed: their sites must resolve.
+$(READY): requirements-cpu.txt requirements-dev.txt pyproject.toml $(wildcard patches/*/sites.toml)
 	python3 -m venv .venv
 	$(PYTHON) -m pip install torch==2.13.0
 	$(PYTHON) -m pip install --no-deps -r requirements-cpu.txt -r requirements-dev.txt
 	$(PYTHON) -m pip install --no-deps -e .
+	for version in $(notdir $(wildcard patches/*)); do \
+		$(PYTHON) -m pip download --no-deps --dest .venv/sglang sglang==$$version || exit 1; done
 	touch $(READY)
 
 clean:

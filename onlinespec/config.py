@@ -301,6 +301,8 @@ class GuardConfig(Section, frozen=True):
     """the same where older versions left KV behind, which costs by itself"""
     excess_clip_tokens: PositiveFloat = 0.25
     """live above shadow counts as this at most; what is below it needs more requests to trip"""
+    renew_lag_tokens: NonNegativeFloat = 0.1
+    """mean loss on older drafts' KV from which on cached prefixes are computed anew, once a version; 0 never"""
 
 
 class FloorConfig(Section, frozen=True):

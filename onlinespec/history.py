@@ -18,6 +18,7 @@ from onlinespec.versions.journal import (
     Judged,
     Paused,
     Pinned,
+    PrefixesRenewed,
     Promoted,
     Published,
     RaceStarted,
@@ -79,6 +80,9 @@ def _told(event: AnyEvent) -> tuple[str, str]:
                 "guard",
                 f"version {event.version}: {'; '.join([f'harm ({event.detector})', *_shown(event.evidence)])}",
             )
+        case PrefixesRenewed():
+            lag = f"live accept length {event.lag_tokens:+.3f} tokens from the shadow's on older drafts' KV"
+            return "prefixes", f"computed anew for version {event.version}: {lag}"
         case DepthChanged():
             return "depth", f"{event.num_steps} draft steps, by the {event.by}{_because(event.reason)}"
         case TargetChanged():

@@ -24,6 +24,7 @@ from onlinespec.errors import CheckpointError
 from onlinespec.gate.budget import candidate_alpha, may_start
 from onlinespec.gate.canary import CanaryVerdict
 from onlinespec.gate.guard import GuardVerdict
+from onlinespec.gate.lag import Lag
 from onlinespec.gate.patience import Patience
 from onlinespec.gate.race import Race
 from onlinespec.gate.slices import slice_labels
@@ -56,6 +57,7 @@ class Promoter:
         self.race: Race | None = None
         self.trial: Trial | None = None
         self.watch: Watch | None = None
+        self.lag = Lag(config.guard.renew_lag_tokens)
         self.has_moved = False
         """what came into service since this was last set to False is not the trainer's own"""
         self.patience = Patience(config.gate)
@@ -120,7 +122,7 @@ class Promoter:
         if self._config.guard.enabled and parent is not None:
             number, draft = parent
             guard, version, num_steps = self._config.guard, self.service.version, self._num_draft_steps
-            self.watch = Watch(guard, version, number, draft, num_steps, time.time())
+            self.watch = Watch(guard, version, number, draft, num_steps, time.time(), self.lag)
 
     def take_offer(self) -> None:
         """Judge the next draft that another tool trained, where one waits and a race may begin."""
@@ -216,6 +218,9 @@ class Promoter:
             if harm is not None:
                 self._roll_back(harm)
                 return None
+            if self.lag.is_due(self.service.version):
+                self.service.renew_prefixes(self.lag)
+                self.watch.guard.forget_aged()
         return self._observe_race(sample, cluster, matches) if "candidate" in matches else None
 
     def _drafts_for(self, sample: Sample, is_judge: bool) -> dict[str, Draft]:
@@ -370,7 +375,7 @@ class Promoter:
 
     def status(self) -> dict[str, object]:
         """What is being judged and watched, for people; JSON-able."""
-        race, trial, guard = self.race, self.trial, self.watch and self.watch.guard
+        race, trial = self.race, self.trial
         verdict, canary, harm, wanted = self.last_verdict, self.last_trial, self.last_harm, self.depth.wanted
         return {
             "version": self.service.version,
@@ -385,11 +390,7 @@ class Promoter:
                 "patience_requests": self.patience.requests,
             },
             "trial": trial and {"version": trial.version, "pairs": trial.canary.num_pairs},
-            "guard": guard
-            and {
-                name: {"requests": detector.num_requests, "mean_tokens": detector.mean_tokens}
-                for name, detector in guard.detectors.items()
-            },
+            "guard": self.watch and self.watch.status(),
             "depth": wanted.reason if wanted else self.depth.num_steps,
             "last_verdict": verdict and f"{verdict.decision}: {verdict.reason}",
             "last_refusal": self.last_refusal or None,

@@ -17,12 +17,14 @@ from onlinespec.draft.config import DraftConfig
 from onlinespec.draft.model import Draft
 from onlinespec.errors import VersionError
 from onlinespec.gate.guard import GuardVerdict
+from onlinespec.gate.lag import Lag
 from onlinespec.gate.verdict import barred_reason
 from onlinespec.launch import Launch
 from onlinespec.paths import RunPaths
 from onlinespec.versions.journal import (
     GuardTripped,
     Journal,
+    PrefixesRenewed,
     Promoted,
     Published,
     ServerStarted,
@@ -33,7 +35,7 @@ from onlinespec.versions.journal import (
 from onlinespec.versions.manifest import Manifest, Provenance
 from onlinespec.versions.state import JournalState, rollback_from, state_of
 from onlinespec.versions.store import VersionStore
-from onlinespec.wire.messages import GetHello, Hello, Swap
+from onlinespec.wire.messages import GetHello, Hello, RenewPrefixes, Swap
 from onlinespec.wire.sockets import ControlClient
 
 
@@ -176,6 +178,16 @@ class Service:
         self.version, self.draft = manifest.version, candidate.draft
         self._retain()
         return True
+
+    def renew_prefixes(self, lag: Lag) -> None:
+        """Have the server compute cached prefixes anew, because of this lag."""
+        ack = self._control.acknowledged(RenewPrefixes())
+        if ack.is_ok:
+            now_s, mean = time.time(), lag.mean_tokens
+            self.journal.append(PrefixesRenewed(time_s=now_s, version=self.version, lag_tokens=mean))
+        else:
+            print(f"onlinespec sidecar: cached prefixes stay as they are: {ack.message}", flush=True)
+        lag.renewed(self.version, time.time())
 
     def roll_back(self, harm: GuardVerdict) -> str:
         """The guard's word, written down with its evidence; says why it was not carried out, empty where it was."""

@@ -1,4 +1,4 @@
-"""Feeds the guard: requests that the draft in service answered, beside its own walk and its parent's.
+"""Feeds the guard and the lag: requests that the draft in service answered, beside its own walk and its parent's.
 
 Shapes: R draft rows of an answer, K draft steps.
 """
@@ -10,6 +10,7 @@ from onlinespec.draft.model import Draft
 from onlinespec.draft.sample import Sample, VerifySteps
 from onlinespec.draft.walk import accept_walk
 from onlinespec.gate.guard import Guard, GuardVerdict, WatchedRequest, watched_steps
+from onlinespec.gate.lag import Lag
 from onlinespec.gate.verdict import Walked
 
 
@@ -35,11 +36,13 @@ class Watch:
         parent: Draft,
         num_draft_steps: int,
         in_service_s: float,
+        lag: Lag,
     ):
         self.parent = parent
         self.guard = Guard(config, version, parent_version)
         self._num_draft_steps = num_draft_steps
         self._in_service_s = in_service_s
+        self._lag = lag
 
     def observe(
         self, sample: Sample, matches_RK: torch.Tensor, parent_RK: torch.Tensor | None, now_s: float
@@ -64,14 +67,25 @@ class Watch:
             or sample.num_completed_rows > 0
             or not sample.is_complete,
         )
+        if age == "aged" and sample.started_s <= self._lag.renewed_s:
+            age = "excluded"  # on KV that newer requests no longer share
         live = expected = shadow = None
         if age != "excluded":
             live = Walked(sum(verify.num_committed[first:]), len(verify) - first)
             expected = self._walked(matches_RK, sample, verify.start[first])
+            if age == "aged" and expected.steps:
+                self._lag.observe(live.accept_length - expected.accept_length)
         if parent_RK is not None:
             shadow = self._walked(matches_RK, sample, sample.num_prompt_tokens)
         parent = None if parent_RK is None else self._walked(parent_RK, sample, sample.num_prompt_tokens)
         return self.guard.observe(WatchedRequest(sample.group, age, shadow, parent, live, expected), now_s=now_s)
+
+    def status(self) -> dict[str, dict[str, float]]:
+        """What each detector has seen."""
+        return {
+            name: {"requests": detector.num_requests, "mean_tokens": detector.mean_tokens}
+            for name, detector in self.guard.detectors.items()
+        }
 
     def _walked(self, matches_RK: torch.Tensor, sample: Sample, start: int) -> Walked:
         """From the verify step at position `start` on."""

@@ -20,6 +20,7 @@ from onlinespec.wire.messages import (
     GetHello,
     GetStatus,
     Hello,
+    RenewPrefixes,
     SetDepth,
     StartSwitchback,
     Status,
@@ -44,6 +45,7 @@ class FakeServer:
         self.switchback = 0
         self.counters: dict[str, int] = {}
         self.target_updates = 0
+        self.num_renewed = 0
         self.embedding: list[torch.Tensor] = []
         """each rank's rows of the target's table"""
         ControlServer(paths.control_endpoint, self._answer)
@@ -54,6 +56,9 @@ class FakeServer:
         if isinstance(request, GetStatus):
             told = (self.version, len(self.swaps), True, "closed", "", self.counters)
             return Status(*told, switchback=self.switchback, depth=3, target_updates=self.target_updates)
+        if isinstance(request, RenewPrefixes):
+            self.num_renewed += not self.refusal
+            return Ack(not self.refusal, self.refusal, self.version)
         if isinstance(request, ExportEmbedding):
             for rank, rows in enumerate(self.embedding):
                 save_file({"embed_tokens.weight": rows}, f"{request.directory}/{rank:010d}.safetensors")

@@ -27,6 +27,7 @@ from onlinespec.versions.journal import (
     Judged,
     Paused,
     Pinned,
+    PrefixesRenewed,
     Promoted,
     Published,
     RaceStarted,
@@ -461,6 +462,11 @@ TOLD: list[tuple[AnyEvent, str]] = [
         "canary         version 4: harm: -0.3 tokens",
     ),
     (CanaryEnded(time_s=0, version=4, decision="pass", evidence={}), "canary         version 4: pass"),
+    (
+        PrefixesRenewed(time_s=0, version=4, lag_tokens=-0.31),
+        "prefixes       computed anew for version 4: live accept length -0.310 tokens from the shadow's"
+        " on older drafts' KV",
+    ),
     (
         GuardTripped(
             time_s=0,

@@ -13,6 +13,7 @@ from onlinespec.config import CanaryConfig, Config, GateConfig
 from onlinespec.draft.sample import VerifySteps
 from onlinespec.draft.walk import accept_walk
 from onlinespec.gate.guard import GuardVerdict
+from onlinespec.gate.lag import NUM_REQUESTS
 from onlinespec.gate.race import Race
 from onlinespec.gate.verdict import Walked
 from onlinespec.launch import Launch
@@ -24,6 +25,7 @@ from onlinespec.versions.journal import (
     GuardTripped,
     Journal,
     Pinned,
+    PrefixesRenewed,
     RolledBack,
     SwapFailed,
     TargetChanged,
@@ -254,6 +256,36 @@ def test_harm_rolls_back_bars_the_weights_and_trains_on_from_what_is_served(path
     assert back.barred_digest in state_of(Journal(paths).read()).barred
     assert promoter.has_moved
     assert promoter.service.version == 2
+
+
+def test_a_lag_on_older_drafts_kv_renews_prefixes_once_and_rolls_nothing_back(paths, server):
+    promoter = build_promoter(paths)
+    assert promoter.watch is not None
+    aged = promoter.watch.guard.detectors["aged"]
+
+    for _ in range(2):
+        for _ in range(NUM_REQUESTS):
+            promoter.lag.observe(-0.5)
+        promoter.observe(build_sample(1, 6, 8), None, is_judge=False)
+
+    assert server.num_renewed == 1
+    (renewed,) = written(paths, PrefixesRenewed)
+    assert (renewed.version, renewed.lag_tokens) == (3, -0.5)
+    assert promoter.watch.guard.detectors["aged"] is not aged
+    assert server.swaps == []
+
+
+def test_a_server_that_refuses_to_renew_prefixes_is_not_asked_again(paths, server, capsys):
+    promoter = build_promoter(paths)
+    server.refusal = "no"
+
+    for _ in range(2):
+        for _ in range(NUM_REQUESTS):
+            promoter.lag.observe(-0.5)
+        promoter.observe(build_sample(1, 6, 8), None, is_judge=False)
+
+    assert capsys.readouterr().out.count("cached prefixes stay as they are: no") == 1
+    assert written(paths, PrefixesRenewed) == []
 
 
 def test_a_pin_outranks_the_guard_and_harm_is_written_down(paths, server, capsys):

@@ -1,5 +1,6 @@
 """The `onlinespec bench` commands: thin, as cli.py is. What they run is imported inside them: help stays light."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -101,6 +102,7 @@ def stream(
     seeds: Annotated[int, typer.Option(help="Replay: 0 to this, less one.", min=1)] = 5,
     tokens: Annotated[int, typer.Option(help="Replay: answer tokens of each domain.", min=100)] = 32_000,
     oracle_passes: Annotated[int, typer.Option(help="Replay: over a domain, for its oracle.", min=1)] = 3,
+    jobs: Annotated[int, typer.Option(help="Replay: rows played at once. 0: one a core.", min=0)] = 0,
     phase: Annotated[list[str] | None, typer.Option(help="Live: suites as for `accept`, in order.")] = None,
     requests: Annotated[int, typer.Option(help="Live: of each phase.", min=2)] = 300,
     concurrency: Users = 4,
@@ -118,7 +120,8 @@ def stream(
     """
     from rich.console import Console
 
-    from onlinespec.bench.replay_run import ReplayPlan, run_replay
+    from onlinespec.bench.replay_jobs import ReplayPlan
+    from onlinespec.bench.replay_run import run_replay
     from onlinespec.bench.stream_run import LivePlan, run_live
 
     names = tuple(arms.split(";")) if arms else ()
@@ -127,12 +130,14 @@ def stream(
         raise typer.BadParameter(f"{context.args[0]}: a replay has no server to give it to")
     if replay:
         chosen = (names, tuple(orders.split(",")), tuple(range(seeds)), tokens, draft_steps, oracle_passes)
-        has_ended = run_replay(ReplayPlan(tuple(replay), _model(target), json, draft, *chosen, *settings), Console())
+        at_once = jobs or os.cpu_count() or 1
+        plan = ReplayPlan(tuple(replay), _model(target), json, draft, *chosen, *settings, at_once)
+        has_ended = run_replay(plan, Console())
     else:
         suites = tuple(phase or ("demo:code", "demo:support"))
         sent = (suites, requests, concurrency, max_tokens, seed, window, draft_steps)
-        plan = LivePlan(json, _model(target), draft, names, *sent, *settings, flags=tuple(context.args))
-        has_ended = run_live(plan, Console())
+        live = LivePlan(json, _model(target), draft, names, *sent, *settings, flags=tuple(context.args))
+        has_ended = run_live(live, Console())
     raise typer.Exit(0 if has_ended else 1)
 
 

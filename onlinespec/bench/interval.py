@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 import msgspec
+from scipy.special import stdtrit
 
 LEVEL = 0.95
 
@@ -28,30 +29,8 @@ class Interval(msgspec.Struct, frozen=True):
 
 
 def t_quantile(level: float, freedom: int) -> float:
-    """The t with P(|T| <= t) = level. freedom: degrees of freedom, at least 1.
-
-    Source: Abramowitz and Stegun, "Handbook of Mathematical Functions", 26.7.3 and 26.7.4, turned round by bisection.
-    """
-    low, high = 0.0, 1.0
-    while _t_within(high, freedom) < level:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_within(middle, freedom) < level else (low, middle)
-    return (low + high) / 2
-
-
-def _t_within(t: float, freedom: int) -> float:
-    """P(|T| <= t) for whole degrees of freedom: a finite sum."""
-    angle = math.atan(t / math.sqrt(freedom))
-    is_odd = freedom % 2
-    term = math.cos(angle) if is_odd else 1.0
-    total = 0.0
-    for k in range(1 + is_odd, freedom, 2):
-        total += term
-        term *= math.cos(angle) ** 2 * k / (k + 1)
-    total *= math.sin(angle)
-    return 2 / math.pi * (angle + total) if is_odd else total
+    """The t with P(|T| <= t) = level. freedom: degrees of freedom, at least 1."""
+    return float(stdtrit(freedom, (1 + level) / 2))
 
 
 def mean_interval(values: Iterable[float]) -> Interval | None:

@@ -1,46 +1,26 @@
 """`onlinespec bench stream --replay`: the arms, orders and seeds that the result still lacks, row by row."""
 
-import time
+import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from onlinespec.bench.arms import REPLAY_ARMS, Arm, parse_arm
-from onlinespec.bench.replay import ReplayRow, World, play
-from onlinespec.bench.replay_orders import ORDERS, schedule
+from onlinespec.bench.arms import REPLAY_ARMS, parse_arm
+from onlinespec.bench.replay import ReplayRow
+from onlinespec.bench.replay_jobs import Key, Player, ReplayPlan, rows_at_once
+from onlinespec.bench.replay_orders import ORDERS
 from onlinespec.bench.replay_plot import plot
 from onlinespec.bench.replay_report import summarise_rows, table
-from onlinespec.bench.replay_world import Pools, build_world, read_pools
+from onlinespec.bench.replay_world import Pools, read_pools
 from onlinespec.bench.stream_results import Results
 from onlinespec.errors import BenchError
 from onlinespec.resolve import load_config
 
 KIND = "bench stream, replay"
-
-
-@dataclass(frozen=True)
-class ReplayPlan:
-    """What a user asked for. recordings: as `replay_world.domain_and_path`. draft: as `replay_world.build_world`."""
-
-    recordings: tuple[str, ...]
-    target: Path
-    out: Path
-    draft: str
-    arms: tuple[str, ...]
-    """as `arms.parse_arm` reads them; empty for all"""
-    orders: tuple[str, ...]
-    seeds: tuple[int, ...]
-    tokens_per_domain: int
-    num_draft_steps: int = 3
-    oracle_passes: int = 3
-    config_files: tuple[Path, ...] = ()
-    overrides: tuple[str, ...] = ()
 
 
 def run_replay(plan: ReplayPlan, console: Console) -> bool:
@@ -58,13 +38,8 @@ def run_replay(plan: ReplayPlan, console: Console) -> bool:
         raise BenchError(f"order {unknown[0]!r}: no such order; wanted one of {', '.join(ORDERS)}")
     pools = read_pools(plan.recordings, plan.target)
     results = Results(plan.out, KIND, _settings(plan, pools))
-    missing = [
-        (order, seed, arm)
-        for order in plan.orders
-        for seed in plan.seeds
-        for arm in arms
-        if results.find(arm=arm.name, order=order, seed=seed) is None
-    ]
+    wanted = [(order, seed, arm) for order in plan.orders for seed in plan.seeds for arm in arms]
+    missing = [key for key in wanted if results.find(**_named(key)) is None]
     has_ended = True
     if missing:
         try:
@@ -72,6 +47,8 @@ def run_replay(plan: ReplayPlan, console: Console) -> bool:
         except KeyboardInterrupt:
             console.print(f"stopped; {len(results.rows)} rows are in {plan.out}, and the same command goes on")
             has_ended = False
+    places = {tuple(_named(key).values()): place for place, key in enumerate(wanted)}
+    results.rows.sort(key=lambda row: places.get((row["order"], row["seed"], row["arm"]), -1))
     _show(results, console)
     return has_ended
 
@@ -88,39 +65,38 @@ def _settings(plan: ReplayPlan, pools: Pools) -> dict[str, Any]:
     }
 
 
-def _play_all(
-    plan: ReplayPlan, pools: Pools, missing: Sequence[tuple[str, int, Arm]], results: Results, console: Console
-) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("oracles", total=None)
+def _named(key: Key) -> dict[str, Any]:
+    """What a row is found by."""
+    order, seed, arm = key
+    return {"order": order, "seed": seed, "arm": arm.name}
+
+
+def _play_all(plan: ReplayPlan, pools: Pools, missing: Sequence[Key], results: Results, console: Console) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.1f} of {task.total:.0f}"))
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task("oracles", total=1)
 
         def on_step(domain: str, done: int, steps: int) -> None:
-            bar.update(task, description=f"oracle of {domain}", completed=done, total=steps)
+            bar.update(task, description=f"oracle of {domain}, steps", completed=done, total=steps)
 
-        cache = plan.out.with_suffix(".oracles")
-        world = build_world(pools, plan.target, plan.draft, plan.num_draft_steps, plan.oracle_passes, cache, on_step)
+        world = plan.world(pools, on_step)
         lengths = ", ".join(f"{domain} {length:.2f}" for domain, length in world.oracle.items())
-        console.print(f"oracles, by accept length: {lengths}; their drafts are in {cache}")
-        for number, (order, seed, arm) in enumerate(missing, 1):
-            bar.reset(task, description=f"{number} of {len(missing)}: {arm.name}, {order}, seed {seed}")
-            row = _play(plan, pools, world, (order, seed, arm), bar, task)
-            results.put(row, arm=arm.name, order=order, seed=seed)
+        console.print(f"oracles, by accept length: {lengths}; their drafts are in {plan.out.with_suffix('.oracles')}")
+        bar.reset(task, description=f"rows, {plan.jobs} at once", total=len(missing))
+        if plan.jobs > 1:
+            found = rows_at_once(plan, missing, lambda played: bar.update(task, completed=played))
+        else:
+            player = Player(plan, pools, world, lambda share: bar.advance(task, share))
+            found = ((key, player.row(key)) for key in missing)
+        with contextlib.closing(found):
+            for key, row in found:
+                results.put(row, **_named(key))
+                bar.console.print(_told(row))
 
 
-def _play(
-    plan: ReplayPlan, pools: Pools, world: World, key: tuple[str, int, Arm], bar: Progress, task: Any
-) -> ReplayRow:
-    order, seed, arm = key
-    config = load_config(plan.config_files, [*plan.overrides, *arm.overrides, f"trainer.seed={seed}"])
-    stream = schedule(order, pools.train, plan.tokens_per_domain, pools.tokens_per_s, seed)
-    bar.update(task, total=len(stream), completed=0)
-    began_s = time.monotonic()
-    row = play(arm, order, seed, stream, config, world, lambda: bar.advance(task))
+def _told(row: ReplayRow) -> str:
     final = ", ".join(f"{domain} {result.final:.2f}" for domain, result in row.domains.items())
-    told = f"{arm.name}, {order}, seed {seed}: accept length at the end {final}; {row.num_swaps} swaps"
-    bar.console.print(f"{told}, {time.monotonic() - began_s:.0f} s")
-    return row
+    return f"{row.arm}, {row.order}, seed {row.seed}: accept length at the end {final}; {row.num_swaps} swaps"
 
 
 def _show(results: Results, console: Console) -> None:

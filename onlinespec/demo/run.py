@@ -103,13 +103,16 @@ async def _play(
     traffic = Traffic(base_url, str(WORLD), Sampling(max_tokens=200, tenant="demo"), TRAFFIC_SEED)
     screen = Screen([*learning, *after])
     began_s = time.monotonic()
-    with Live(console=console, refresh_per_second=2) as live:
+    # Drawn when it is shown and not at each answer: what is drawn is summed over all answers, on the server's cores.
+    with Live(
+        get_renderable=lambda: screen.draw(list(traffic.records), read_sidecar(paths)),
+        console=console,
+        refresh_per_second=2,
+    ):
 
         async def show(_record: Record) -> None:
-            sidecar = read_sidecar(paths)
-            live.update(screen.draw(traffic.records, sidecar))
             if not console.is_terminal and len(traffic.records) % PLAIN_EVERY == 0:
-                console.print(screen.line(traffic.records, sidecar))
+                console.print(screen.line(traffic.records, read_sidecar(paths)))
 
         for phase in learning:
             await traffic.play(phase, show)

@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from onlinespec.bench.summary import summarise, table
+from onlinespec.bench.summary import accept_length, conversations, summarise, table
 from onlinespec.demo.result import Check, Result
 from onlinespec.demo.traffic import Phase, Record
 
@@ -31,13 +31,13 @@ class Screen:
             if not answers:
                 rows.add_row(f"{phase.name} ({phase.domain})", "-", f"0/{phase.num_tokens}", "-", "-", "-")
                 continue
-            now, whole = summarise("", answers[-RECENT_REQUESTS:]), summarise("", answers)
+            now, whole = summarise("", answers[-RECENT_REQUESTS:]), accept_length(list(conversations(answers).values()))
             rows.add_row(
                 f"{phase.name} ({phase.domain})",
-                str(whole.num_requests),
-                f"{whole.num_output_tokens}/{phase.num_tokens}",
+                str(len(answers)),
+                f"{sum(answer.num_output_tokens for answer in answers)}/{phase.num_tokens}",
                 f"{now.accept_length or 0:.2f}",
-                f"{whole.accept_length or 0:.2f}",
+                f"{whole.mean if whole else 0:.2f}",
                 f"{now.tokens_per_s or 0:.0f}",
             )
         return Group(rows, *(Text(line, style="dim") for line in self._lines(records, sidecar)), Text(self.note))

@@ -46,6 +46,7 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import msgspec
@@ -183,9 +184,10 @@ class Guard:
         self.num_excluded = 0
         self.num_repeated = 0
         self.threshold = 2.0 * config.false_alarm_requests
+        self._aged = partial(Detector, config.aged_tolerance_tokens, config.excess_clip_tokens)
         self.detectors: dict[DetectorName, Detector] = {
             "clean": Detector(config.clean_tolerance_tokens, config.excess_clip_tokens),
-            "aged": Detector(config.aged_tolerance_tokens, config.excess_clip_tokens),
+            "aged": self._aged(),
             "quality": Detector(config.tolerance_tokens, config.gain_clip_tokens),
         }
         self._groups: OrderedDict[bytes, None] = OrderedDict()
@@ -200,6 +202,10 @@ class Guard:
                 self.verdict = self._verdict(name, detector, now_s)
                 return self.verdict
         return None
+
+    def forget_aged(self) -> None:
+        """What was seen of older drafts' KV: it is no longer what requests stand on."""
+        self.detectors["aged"] = self._aged()
 
     def _differences(self, request: WatchedRequest) -> list[tuple[DetectorName, float]]:
         found: list[tuple[DetectorName, float]] = []

@@ -29,6 +29,7 @@ from onlinespec.plugin.embedding import EmbeddingExport
 from onlinespec.plugin.fuse import Fuse
 from onlinespec.plugin.meter import Meter, Step, StepRider, Turn
 from onlinespec.plugin.orders import Delivery, FinishExport, Order, Orders
+from onlinespec.plugin.prefix import PrefixGeneration
 from onlinespec.plugin.requests import RequestBook
 from onlinespec.plugin.ring import Ring
 from onlinespec.plugin.rows import RowCopier
@@ -46,6 +47,7 @@ from onlinespec.wire.messages import (
     GetHello,
     GetStatus,
     Hello,
+    RenewPrefixes,
     SetCapture,
     SetDepth,
     StartSwitchback,
@@ -78,7 +80,7 @@ class Runtime:
         self._switchback: Switchback | None = None
         self._depth: Depth | None = None
         self._export = EmbeddingExport()
-        self._orders = Orders()
+        self._orders, self._prefixes = Orders(), PrefixGeneration()
 
     def after_init_request_dispatcher(self, _result: Any, scheduler: Any) -> None:
         """The workers exist: register our message and, on rank 0, open the sockets."""
@@ -176,6 +178,7 @@ class Runtime:
         """Rank 0 adds what waits; the others get None from SGLang and see it by broadcast."""
         if requests is not None:
             self.fuse.run(self._note_load, is_vital=True)
+            self.fuse.run(self._prefixes.name, requests, is_vital=True)
             if self._orders.is_waiting:
                 self.fuse.run(self._orders.take, requests, is_vital=True)
         return requests
@@ -264,6 +267,8 @@ class Runtime:
                 return self._acknowledge(self._orders.send, request)
             case SetDepth():
                 return self._acknowledge(self._set_depth, request)
+            case RenewPrefixes():
+                return self._acknowledge(lambda _: self._prefixes.renew(), request)
             case ExportEmbedding():
                 return self._acknowledge(self._export_embedding, request)
 
@@ -359,6 +364,7 @@ class Runtime:
             switchback=self._running.version if self._running is not None else 0,
             depth=self._depth.num_steps,
             depths=self._depth.available,
+            prefix_generation=self._prefixes.number,
             target_updates=counters["target_updates"],
         )
 

@@ -123,6 +123,15 @@ class GuardTripped(Event, frozen=True, kw_only=True, tag="guard_tripped"):
     """its numbers; `reason` among them"""
 
 
+class PrefixesRenewed(Event, frozen=True, kw_only=True, tag="prefixes_renewed"):
+    """The server computes cached prefixes anew: on the KV of older drafts it lagged behind the version's shadow."""
+
+    version: int
+    """in service"""
+    lag_tokens: float
+    """mean of live minus shadow accept length"""
+
+
 class DepthChanged(Event, frozen=True, kw_only=True, tag="depth_changed"):
     """The server drafts so many steps from now on, until it ends."""
 
@@ -179,6 +188,7 @@ AnyEvent = (
     | ServerStarted
     | CanaryEnded
     | GuardTripped
+    | PrefixesRenewed
     | DepthChanged
     | TargetChanged
     | Pinned

@@ -210,6 +210,10 @@ class SetDepth(msgspec.Struct, tag=True, frozen=True):
     num_steps: Annotated[int, msgspec.Meta(ge=0, le=64)]
 
 
+class RenewPrefixes(msgspec.Struct, tag=True, frozen=True):
+    """Let requests from now on share no cached prefix with those before: their draft KV is the draft's in service."""
+
+
 EMBEDDING_TENSOR = "embed_tokens.weight"
 """its name in what `ExportEmbedding` writes"""
 
@@ -226,7 +230,15 @@ class ExportEmbedding(msgspec.Struct, tag=True, frozen=True):
 
 
 ControlRequest = (
-    GetHello | GetStatus | Swap | SetCapture | StartSwitchback | StopSwitchback | SetDepth | ExportEmbedding
+    GetHello
+    | GetStatus
+    | Swap
+    | SetCapture
+    | StartSwitchback
+    | StopSwitchback
+    | SetDepth
+    | RenewPrefixes
+    | ExportEmbedding
 )
 
 
@@ -248,6 +260,8 @@ class Status(msgspec.Struct, tag=True, frozen=True):
     """draft steps of the next decode step"""
     depths: list[int] = []
     """what `SetDepth` may choose from"""
+    prefix_generation: int = 0
+    """how often cached prefixes were set apart since the start"""
     target_updates: int = 0
     """updates of the target's weights begun since the start; one that failed may have written a part"""
 

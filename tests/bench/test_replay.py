@@ -12,9 +12,10 @@ from rich.console import Console
 from onlinespec.bench.arms import parse_arm
 from onlinespec.bench.replay import DomainResult, Look, Recovery, ReplayRow, World, play, result_of
 from onlinespec.bench.replay_gate import ReplayGate, Shape
+from onlinespec.bench.replay_jobs import ReplayPlan, build_player, rows_at_once
 from onlinespec.bench.replay_orders import ORDERS, schedule, tokens_per_s
 from onlinespec.bench.replay_report import num_gained, recovery_to, summarise_rows, table
-from onlinespec.bench.replay_run import ReplayPlan, run_replay
+from onlinespec.bench.replay_run import run_replay
 from onlinespec.bench.replay_world import NUM_HELD_OUT, choose_held_out, domain_and_path
 from onlinespec.draft.fresh import build_fresh_draft, read_embedding
 from onlinespec.draft.sample import Sample
@@ -318,7 +319,7 @@ def test_a_replay_from_recordings_to_result_and_plot_which_goes_on_where_it_ende
     )
 
     assert run_replay(plan, Console(quiet=True))
-    assert run_replay(replace(plan, arms=("frozen", "recipe"), seeds=(0, 1)), Console(quiet=True))
+    assert run_replay(replace(plan, arms=("frozen", "recipe"), seeds=(0, 1), jobs=2), Console(quiet=True))
 
     result = json.loads(plan.out.read_text())["rows"]
     assert [(r["arm"], r["seed"]) for r in result] == [
@@ -332,6 +333,16 @@ def test_a_replay_from_recordings_to_result_and_plot_which_goes_on_where_it_ende
     assert frozen["looks"][0]["accept_length"]["a"] == frozen["domains"]["a"]["oracle"]
     assert plan.out.with_suffix(".png").stat().st_size > 0
     assert (tmp_path / "r.oracles" / "a" / "model.safetensors").is_file()
+    alone = build_player(plan, lambda share: None).row(("abrupt", 1, parse_arm("recipe")))
+    beside = msgspec.convert({name: result[4][name] for name in alone.__struct_fields__}, ReplayRow)
+    assert msgspec.structs.replace(beside, training_cpu_s=alone.training_cpu_s) == alone
+
+
+def test_a_worker_that_ends_early_is_told_of(tmp_path: Path):
+    plan = ReplayPlan((), tmp_path, tmp_path / "r.json", "init", ("frozen",), ("abrupt",), (0,), 100, jobs=2)
+
+    with pytest.raises(BenchError, match=r"one of 2 worker processes died.*smaller --jobs goes on"):
+        list(rows_at_once(plan, [("abrupt", 0, parse_arm("frozen"))], lambda played: None))
 
 
 def test_a_replay_has_no_arm_whose_depth_follows_the_load(tmp_path: Path):

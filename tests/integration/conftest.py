@@ -27,8 +27,8 @@ from tests.integration.servers import Server, free_port, send, start_ours, start
 
 NUM_IDENTITY_PROMPTS = 100
 IDENTITY_TOKENS = 96
-_ORDER = ("identity", "rows", "counters", "switchback", "updates", "variants", "battery", "watch", "product", "full")
-_ORDER += ("drafts",)
+_ORDER = ("identity", "rows", "counters", "switchback", "prefixes", "updates", "variants", "battery", "watch")
+_ORDER += ("product", "full", "drafts")
 MODULES = [f"test_{name}" for name in _ORDER]
 
 
