@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -225,10 +226,16 @@ def plot(rows: Sequence[LiveRow], path: Path) -> None:
         windows = [window for phase in row.phases for window in phase.windows]
         speeds.plot([window.tokens_per_s for window in windows], label=row.arm)
         lengths.plot([window.accept_length for window in windows], label=row.arm)
+    longest = max(rows, key=lambda row: len(row.phases))
+    begins = list(itertools.accumulate((len(phase.windows) for phase in longest.phases), initial=0))
     for axes, label in ((speeds, "output tokens/s"), (lengths, "accept length")):
         axes.set(ylabel=label, ylim=(0, None))
         axes.grid(alpha=0.3)
-    lengths.set(xlabel="window")
+        for begin, phase in zip(begins, longest.phases, strict=False):
+            axes.axvline(begin - 0.5, color="grey", linestyle=":")
+            axes.text(begin - 0.4, 0, phase.name, color="grey", fontsize=8, va="bottom")
+    lengths.set(xlabel="window of answers")
+    lengths.xaxis.get_major_locator().set_params(integer=True)
     speeds.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
