@@ -177,7 +177,7 @@ class Draft(nn.Module):
         """
         packing = _Packing(self.config, rows, self.is_flex)
         rotation_C = self._rotation(rows.position_C)
-        hidden_CD = self.fuse_aux(rows.aux_CA)
+        hidden_CD = self.fuse_aux(rows.aux_CA.float())
         passes = [_LayerPass(self.midlayer, packing, hidden_CD, rows.embed_CD, rotation_C)]
         for layer in self.layers.values():
             assert isinstance(layer, _Layer)
