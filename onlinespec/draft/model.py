@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from onlinespec.draft.compiled import compiled
 from onlinespec.draft.config import DraftConfig
 from onlinespec.draft.flex import ContextAttention, merge
 from onlinespec.draft.rows import Rows
@@ -136,7 +137,7 @@ class Draft(nn.Module):
         """torch.compile what every layer does to its rows beside attention, once for all numbers of rows."""
         for layer in (self.midlayer, *self.layers.values()):
             for name in ("read", "write"):
-                setattr(layer, name, torch.compile(getattr(layer, name), dynamic=True))
+                setattr(layer, name, compiled(getattr(layer, name)))
 
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Copy the weights of a checkpoint; names and shapes must be those of `canonical_names`."""
