@@ -9,7 +9,8 @@ prefixes were never seen).
 A request's class is the gate's (`gate.verdict.fidelity_of`). Equal: every verify step starts where the walk's does,
 with as many accepted and as many committed tokens (the server counts a whole accepted run past a stop, the walk up to
 it), and SGLang's own counters for the request are the walk's sums. Exits with status 1 where a complete request is
-not. In other classes: live minus shadow accept length, shadow of the version that served the request's last step.
+not; on a GPU, whose server computes in half precision and the walk does not, where they differ on average (`holds`).
+In other classes: live minus shadow accept length, shadow of the version that served the request's last step.
 
 Run, as often as wanted, each a boot that adds to OUT.json and goes on with the draft in OUT.draft:
 python benchmarks/bench_shadow_fidelity.py OUT.json --requests 500 --seconds 500; other flags go to SGLang as they are.
@@ -59,6 +60,7 @@ NUM_DRAFT_STEPS = 3
 TURN_REQUESTS = 24
 TURNS = ("flushed", "under load", "half captured", "under load")
 SALTED = "salted"
+GOAL_TOKENS = 0.01
 
 
 def mixed_prompts(seed: int) -> Iterator[Prompt]:
@@ -246,6 +248,20 @@ def summary(rows: list[dict]) -> list[dict]:
     return table
 
 
+def holds(rows: list[dict], is_exact: bool) -> bool:
+    """Whether the goal is met: of complete requests, of which there are some, each walk is what the server counted.
+
+    is_exact: both compute alike. Else either may take the other of two nearly equal tokens, and it is enough that live
+    minus shadow accept length is below GOAL_TOKENS on average.
+    """
+    complete = [row for row in rows if row["fidelity"] == "complete"]
+    if not complete:
+        return False
+    if all(row["is_equal"] for row in complete):
+        return True
+    return not is_exact and abs(statistics.mean(row["live"] - row["shadow"] for row in complete)) < GOAL_TOKENS
+
+
 def run(server: LiveServer, until_s: float, options: argparse.Namespace) -> list[dict]:
     """Add a part to the report; all its rows. One that is cut short counts too."""
     out: Path = options.out
@@ -284,7 +300,7 @@ def main() -> int:
         rows = run(server, began_s + options.seconds, options)
     unequal = [row for row in rows if row["fidelity"] == "complete" and not row["is_equal"]]
     print(f"complete requests whose walk is not what the server counted: {len(unequal)} {unequal[:3]}")
-    return 1 if unequal else 0
+    return 0 if holds(rows, is_exact=options.device == "cpu") else 1
 
 
 if __name__ == "__main__":

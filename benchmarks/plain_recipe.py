@@ -3,7 +3,7 @@
 Requests padded to the longest, every position of every request unrolled, attention of each step over the whole
 padded sequence with a materialised mask and one more column for each earlier step, logits over the whole
 vocabulary for every position and step alive until the backward pass, AdamW. A batch's loss and gradients are
-those of our trainer (`bench_trainer_step.py` checks it first).
+those of our trainer (`bench_trainer_step.py` checks it first). All is computed where the embedding table lies.
 
 B requests, T padded length, A captured layers, D model dim, H query heads, J key heads, d head dim, W vocabulary.
 """
@@ -18,16 +18,18 @@ def collate(samples, embed_VD, num_steps):
     """Pad to the longest; positions past the end of a request are masked out."""
     length = max(sample.num_tokens for sample in samples)
     num_words, k = embed_VD.shape[0], samples[0].teacher_ids_Tk.shape[1]
-    tokens_BT = torch.zeros(len(samples), length + num_steps + 1, dtype=torch.int64)
-    aux_BTA = torch.zeros(len(samples), length, samples[0].aux_TA.shape[1])
-    teacher_BTW = torch.zeros(len(samples), length + num_steps, num_words)
-    mask_BT = torch.zeros(len(samples), length + num_steps, dtype=torch.bool)
+    device = embed_VD.device
+    tokens_BT = torch.zeros(len(samples), length + num_steps + 1, dtype=torch.int64, device=device)
+    aux_BTA = torch.zeros(len(samples), length, samples[0].aux_TA.shape[1], device=device)
+    teacher_BTW = torch.zeros(len(samples), length + num_steps, num_words, device=device)
+    mask_BT = torch.zeros(len(samples), length + num_steps, dtype=torch.bool, device=device)
     for i, sample in enumerate(samples):
         n = sample.num_tokens
         tokens_BT[i, :n] = sample.tokens_T
         aux_BTA[i, :n] = sample.aux_TA
-        probs_Tk = sample.teacher_logits_Tk.softmax(-1)
-        teacher_BTW[i, torch.arange(n)[:, None].expand(n, k), sample.teacher_ids_Tk] = probs_Tk
+        probs_Tk = sample.teacher_logits_Tk.to(device).softmax(-1)
+        position_Tk = torch.arange(n, device=device)[:, None].expand(n, k)
+        teacher_BTW[i, position_Tk, sample.teacher_ids_Tk.to(device)] = probs_Tk
         mask_BT[i, :n] = sample.has_teacher_T
         mask_BT[i, : sample.num_prompt_tokens] = False
     return tokens_BT, aux_BTA, teacher_BTW, mask_BT
@@ -47,13 +49,14 @@ def loss_of(draft: Draft, samples, embed_VD, num_steps, decay):
     tokens_BT, aux_BTA, teacher_BTW, mask_BT = collate(samples, embed_VD, num_steps)
     length = aux_BTA.shape[1]
     hidden = draft.fuse_aux(aux_BTA)
-    future_TT = torch.full((length, length), -torch.inf).triu(1)
+    device = embed_VD.device
+    future_TT = torch.full((length, length), -torch.inf, device=device).triu(1)
     group = config.num_heads // config.num_kv_heads
     keys, values, losses = [], [], []
     for step in range(num_steps):
         embed = embed_VD[tokens_BT[:, 1 + step : 1 + step + length]]
         x = torch.cat([layer.input_layernorm(embed), layer.hidden_norm(hidden)], dim=-1)
-        positions_T = torch.arange(length) + step
+        positions_T = torch.arange(length, device=device) + step
 
         def heads(y):
             return y.unflatten(-1, (-1, config.head_dim))
@@ -86,7 +89,7 @@ def loss_of(draft: Draft, samples, embed_VD, num_steps, decay):
 
 
 class PlainTrainer:
-    """AdamW on everything."""
+    """AdamW on everything; dtype bfloat16 is autocast's, as the trainer's."""
 
     def __init__(self, config, draft: Draft, embed_VD):
         self.draft, self.embed_VD, self.config = draft, embed_VD, config
@@ -94,7 +97,8 @@ class PlainTrainer:
 
     def step(self, samples) -> float:
         self.optimizer.zero_grad()
-        loss = loss_of(self.draft, samples, self.embed_VD, self.config.unroll_steps, self.config.loss_decay)
+        with torch.autocast(self.embed_VD.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+            loss = loss_of(self.draft, samples, self.embed_VD, self.config.unroll_steps, self.config.loss_decay)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.draft.parameters(), self.config.clip_norm)
         self.optimizer.step()

@@ -1,24 +1,25 @@
 """What every result says of how it came to be."""
 
 import os
-import platform
 import sys
-import time
 from pathlib import Path
 
 import torch
 
-from onlinespec.bench.provenance import commit
+from onlinespec.bench import provenance as bench
+
+ROOT = Path(__file__).parent.parent
 
 
 def provenance() -> dict[str, object]:
-    """commit: with a + where the tree had changes."""
+    """commit: with a + where the tree had changes. gpus: those nvidia-smi names. versions: see `bench.PACKAGES`."""
+    found = bench.provenance(base_url="", run_dir=None)
     return {
-        "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": commit(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
+        "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        "commit": found.commit,
+        "time": found.time,
+        **found.machine,
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "versions": found.versions,
+        "cuda": torch.version.cuda,
     }

@@ -1,15 +1,19 @@
 """What the GPU checks need that a CPU can tell: the files they name, the models they serve, what they tell apart."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 
+from onlinespec.bench.client import Answer, Prompt
 from onlinespec.draft.config import read_target
 from onlinespec.draft.fresh import build_fresh_draft, fresh_config, read_embedding
 from onlinespec.draft.header import aux_layers, target_digest
@@ -18,10 +22,11 @@ from onlinespec.world import WORLD
 from onlinespec.world.corpus import prompts
 from onlinespec.world.hf import AutoTokenizer, LlamaForCausalLM
 from onlinespec.world.target import validation_loss
+from tests.draft.tiny import build_draft, build_embedding, build_sample
 
 ROOT = Path(__file__).parent.parent
 HERE = ROOT / "benchmarks" / "gpu"
-CHECKS = ("boots", "rows", "closes", "tap", "swap", "trainer", "duty", "goodput", "profile")
+CHECKS = ("kernels", "boots", "rows", "closes", "tap", "swap", "trainer", "duty", "goodput", "profile")
 
 
 def run(*words: str) -> subprocess.CompletedProcess:
@@ -85,6 +90,39 @@ def test_parts_that_succeeded_are_not_played_again_and_the_others_are(scripts, m
     assert (first, second, third) == (False, False, True)
     assert [(row["part"], row["status"]) for row in rows] == [(1, 0), (2, 3)]
     assert ((tmp_path / "a").read_text(), (tmp_path / "b").read_text()) == ("xx", "xx")
+
+
+def test_every_file_with_a_test_that_wants_a_gpu_is_run_where_there_is_one(scripts):
+    from plan import GPU_TESTS
+
+    condition = "skipif(not torch.cuda.is_available()"
+    files = [path for path in (ROOT / "tests").rglob("test_*.py") if condition in path.read_text()]
+
+    assert sorted(GPU_TESTS) == sorted(str(path.relative_to(ROOT)) for path in files if path != Path(__file__))
+
+
+def test_a_second_try_begins_without_the_run_directory_and_the_json_of_the_first(scripts, monkeypatch, tmp_path):
+    import checks
+    from plan import Check
+
+    monkeypatch.setattr(checks, "cannot", lambda check, out: "")
+    leave = """import pathlib, sys
+demo, found, kept = map(pathlib.Path, sys.argv[2:])
+assert not demo.exists() and not found.exists(), "left over"
+demo.mkdir()
+(demo / "journal").touch()
+for path in (found, kept):
+    path.touch()
+sys.exit(3)"""
+    command = (sys.executable, "-c", leave, "--run-dir", "OUT/demo", "OUT/found.json", "OUT/kept")
+    check = Check("left", "", "", (command,), has_server=False)
+
+    checks.run_all([check], tmp_path, None, float("inf"))
+    checks.run_all([check], tmp_path, None, float("inf"))
+
+    rows = json.loads((tmp_path / "summary.json").read_text())["parts"]
+    assert [row["status"] for row in rows] == [3], (tmp_path / "left-1.log").read_text()
+    assert (tmp_path / "kept").exists()
 
 
 def test_nothing_is_started_that_the_time_left_cannot_hold(scripts, monkeypatch, tmp_path):
@@ -198,3 +236,139 @@ def test_a_profile_counts_a_device_with_two_streams_busy_once(scripts):
     found = summary([*events, event("cpu_op", "aten::mm", 0, 500), {"ph": "M", "name": "process_name"}])
 
     assert found == {"busy_frac": 0.7, "device_ms": {"gemm": 5.0, "copy": 4.0}, "host_ms": {"aten::mm": 0.5}}
+
+
+def answer(prompt: Prompt, text: str) -> Answer:
+    found = Answer(prompt, 0.0)
+    found.text = text
+    return found
+
+
+def test_prompts_are_asked_again_until_there_were_three_swaps(scripts, monkeypatch):
+    import rows
+
+    asked = [Prompt.of_text("demo", "one"), Prompt.of_text("demo", "two")]
+
+    class Server:
+        paths = SimpleNamespace(version=lambda number: None)
+        num_versions = 1
+
+        def swap(self, weights: dict) -> None:
+            time.sleep(0.02)
+            self.num_versions += 1
+
+    server = Server()
+    monkeypatch.setattr(rows, "SWAP_EVERY_S", 0.01)
+    monkeypatch.setattr(rows, "read_draft", lambda folder: (None, {"a": torch.ones(2, 2)}))
+    monkeypatch.setattr(rows, "ask", lambda _, prompts: time.sleep(0.005) or [answer(p, "yes") for p in prompts])
+
+    answers = rows.ask_under_swaps(server, asked)
+
+    assert server.num_versions - 1 >= 3
+    assert [found.prompt for found in answers] == asked * (len(answers) // 2)
+    assert len(answers) > 2
+
+
+def test_answers_part_where_the_first_characters_differ_however_often_a_prompt_was_asked(scripts):
+    import rows
+
+    asked = [Prompt.of_text("demo", "one"), Prompt.of_text("demo", "two")]
+    alone = [answer(asked[0], "abcd"), answer(asked[1], "xyz")]
+    swapped = [*alone, answer(asked[0], "abXd"), answer(asked[1], "xyz")]
+
+    found = rows.partings(SimpleNamespace(gap=lambda prompt, shared: (prompt, shared)), alone, swapped)
+
+    assert found == [(asked[0], "ab")]
+
+
+@pytest.mark.parametrize(
+    ("counts", "on_cpu", "on_gpu"),
+    [
+        ([(True, 2.0, 2.0), (True, 1.5, 1.5)], True, True),
+        ([(True, 2.0, 2.0), (False, 1.509, 1.5)], False, True),
+        ([(True, 2.0, 2.0), (False, 1.48, 1.5)], False, False),
+        ([], False, False),
+    ],
+)
+def test_a_walk_may_differ_on_a_gpu_by_less_than_a_hundredth_of_a_token_and_on_a_cpu_not_at_all(
+    scripts, counts, on_cpu, on_gpu
+):
+    from bench_shadow_fidelity import holds
+
+    rows = [
+        {"fidelity": "complete", "is_equal": equal, "live": live, "shadow": shadow} for equal, live, shadow in counts
+    ]
+    rows.append({"fidelity": "partial", "is_equal": False, "live": 3.0, "shadow": 1.0})
+
+    assert (holds(rows, is_exact=True), holds(rows, is_exact=False)) == (on_cpu, on_gpu)
+
+
+def test_the_plain_recipe_computes_where_the_embedding_table_lies(scripts):
+    from plain_recipe import loss_of
+
+    draft = build_draft().to("meta")
+
+    loss = loss_of(draft, [build_sample(1, 5, 9), build_sample(2, 3, 12)], build_embedding().to("meta"), 3, 0.8)
+    loss.backward()
+
+    assert {parameter.grad.device.type for parameter in draft.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(("systems", "status"), [("plain;math;math, muon", 0), ("math;flex", 1)])
+def test_a_system_that_does_not_run_fails_the_check_of_the_trainer_after_the_others_were_measured(
+    scripts, monkeypatch, tmp_path, systems, status
+):
+    import trainer
+
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(trainer, "REQUESTS", ((3, 5), (4, 2)))
+    words = ["trainer.py", str(out), "--shape", "tiny", "--device", "cpu", "--rounds", "1", "--systems", systems]
+    monkeypatch.setattr(sys, "argv", words)
+
+    found = trainer.main()
+
+    rows = json.loads(out.read_text())["rows"]
+    assert found == status
+    assert [row["system"] for row in rows] == systems.split(";")
+    assert ["failed" in row for row in rows] == [row["system"] == "flex" for row in rows]
+
+
+def test_a_result_names_the_versions_and_the_gpus_of_its_machine(scripts):
+    from provenance import provenance
+
+    found = provenance()
+
+    assert found["versions"]["sglang"] == importlib.metadata.version("sglang")
+    assert found["versions"]["torch"] == torch.__version__
+    assert isinstance(found["gpus"], list)
+
+
+def test_a_kit_lacks_what_its_packages_require_and_no_list_names(scripts, tmp_path):
+    from kit_needs import lacking
+
+    requires = ('Here>=2; sys_platform == "linux"', "there_too<3", "not-there", 'extra-only; extra == "all"')
+    for name, requirements in (("here", ()), ("asks", requires)):
+        folder = tmp_path / f"{name}-1.dist-info"
+        folder.mkdir()
+        lines = [f"Name: {name}", "Version: 1", *(f"Requires-Dist: {requirement}" for requirement in requirements)]
+        (folder / "METADATA").write_text("\n".join(["Metadata-Version: 2.1", *lines]))
+
+    found = lacking(importlib.metadata.distributions(path=[str(tmp_path)]), {"there-too"})
+
+    assert found == ["asks wants not-there"]
+
+
+def test_the_kit_and_the_image_hold_what_their_packages_and_we_require(scripts):
+    from kit_needs import lacking, names_in
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    kit, image, left_out = (names_in(HERE / f"{name}.txt") for name in ("kit-0.5.23", "image", "kit-left-out"))
+    packages = {canonicalize_name(package.metadata["Name"]): package for package in importlib.metadata.distributions()}
+    ours = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+
+    found = lacking([packages[name] for name in kit & packages.keys()], kit | image | left_out)
+
+    assert found == []
+    assert {canonicalize_name(Requirement(line).name) for line in ours} <= kit | image
+    assert left_out.isdisjoint(kit | image)

@@ -146,6 +146,16 @@ def prepare(name: str, out: Path, deadline_s: float) -> str:
     return ""
 
 
+def forget(command: Words, out: Path) -> None:
+    """Remove what an earlier try of it left: its JSON, and its run directory, where a server would resume."""
+    for option, word in itertools.pairwise(command):
+        path = Path(word.replace("OUT", str(out), 1))
+        if option == "--run-dir":
+            shutil.rmtree(path, ignore_errors=True)
+        elif word.startswith("OUT/") and word.endswith(".json"):
+            path.unlink(missing_ok=True)
+
+
 def run(check: Check, number: int, out: Path, deadline_s: float) -> dict[str, object] | None:
     """A row of the summary; None where too little time is left."""
     key = {"check": check.name, "part": number, "goal": check.goal}
@@ -158,9 +168,7 @@ def run(check: Check, number: int, out: Path, deadline_s: float) -> dict[str, ob
         return None
     command = (*check.parts[number - 1], *(server_flags() if check.has_server else ()))
     if not check.goes_on:
-        for word in command:
-            if word.startswith("OUT/") and word.endswith(".json"):
-                Path(word.replace("OUT", str(out), 1)).unlink(missing_ok=True)
+        forget(command, out)
     status = play(command, out, out / f"{check.name}-{number}.log", limit_s, ENVIRONMENT)
     seconds = round(time.monotonic() - began_s, 1)
     return {**key, "status": status, "seconds": seconds, "command": " ".join(command)}

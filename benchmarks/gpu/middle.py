@@ -76,9 +76,9 @@ def train(model: LlamaForCausalLM, tokenizer: Tokenizer, done_frac: Callable[[in
 def measured(folder: Path, tokenizer: Tokenizer, device: str, num_prompts: int) -> dict[str, float]:
     """Of the weights as written, computed in float32."""
     requests = list(itertools.islice(live(SHIFT_DOMAIN, 1), num_prompts))
+    model, chat_tokenizer = quality.load(folder)  # outside the next line, where transformers would want accelerate
+    model.to(device)
     with torch.device(device):  # what the world's own code builds goes there too
-        model, chat_tokenizer = quality.load(folder)
-        model.to(device)
         found = {"validation_loss": validation_loss(model, tokenizer)}
         if requests:
             answers = quality.generate(model, chat_tokenizer, [request.user for request in requests])

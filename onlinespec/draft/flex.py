@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
+from onlinespec.draft.compiled import compiled
 from onlinespec.draft.rows import Rows
 
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=True)
+    return compiled(flex_attention)
 
 
 class ContextAttention:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from onlinespec.draft.compiled import compiled
 from onlinespec.draft.config import DraftConfig
 from onlinespec.draft.flex import ContextAttention, merge
 from onlinespec.draft.rows import Rows
@@ -136,7 +137,7 @@ class Draft(nn.Module):
         """torch.compile what every layer does to its rows beside attention, once for all numbers of rows."""
         for layer in (self.midlayer, *self.layers.values()):
             for name in ("read", "write"):
-                setattr(layer, name, torch.compile(getattr(layer, name), dynamic=True))
+                setattr(layer, name, compiled(getattr(layer, name)))
 
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Copy the weights of a checkpoint; names and shapes must be those of `canonical_names`."""
@@ -177,7 +178,7 @@ class Draft(nn.Module):
         """
         packing = _Packing(self.config, rows, self.is_flex)
         rotation_C = self._rotation(rows.position_C)
-        hidden_CD = self.fuse_aux(rows.aux_CA)
+        hidden_CD = self.fuse_aux(rows.aux_CA.float())
         passes = [_LayerPass(self.midlayer, packing, hidden_CD, rows.embed_CD, rotation_C)]
         for layer in self.layers.values():
             assert isinstance(layer, _Layer)

@@ -42,5 +42,7 @@ def check_device(device: str) -> None:
 def bound_memory(device: str, max_gb: float) -> None:
     """Let torch's allocator of this process fail beyond so many 2**30 bytes of the device; 0 bounds nothing."""
     if max_gb:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max_gb * 2**30 / total), torch.device(device))
+        index = torch.device(device).index
+        index = torch.cuda.current_device() if index is None else index  # the allocator wants one
+        total = torch.cuda.get_device_properties(index).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max_gb * 2**30 / total), index)

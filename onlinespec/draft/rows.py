@@ -20,8 +20,9 @@ from onlinespec.draft.sample import Sample
 class Rows:
     """Rows of several samples, sample after sample, positions ascending.
 
-    Shapes: aux_CA float32 [C, A*D]; embed_CD; position_C; query_N indexes into C; embed_NKD, the token each
-    draft step reads; sizes, (context rows, query rows) of each sample.
+    Shapes: aux_CA [C, A*D]; embed_CD; position_C; query_N indexes into C; embed_NKD, the token each draft step
+    reads; sizes, (context rows, query rows) of each sample. Hidden states and embeddings keep the dtype they came
+    in, half as many bytes to a GPU; the draft widens them.
     """
 
     aux_CA: torch.Tensor
@@ -55,7 +56,7 @@ def build_rows(
             continue
         # Attention is causal: context past the last query is never read.
         context_c = sample.has_aux_T[: int(wanted_n[-1]) + 1].nonzero().squeeze(1)
-        aux.append(sample.aux_TA[context_c].float())
+        aux.append(sample.aux_TA[context_c])
         position.append(context_c)
         query.append(torch.searchsorted(context_c, wanted_n) + num_context)
         next_tokens.append(sample.tokens_T[context_c + 1])
@@ -66,10 +67,10 @@ def build_rows(
         raise ValueError("no sample wants a row")
     return Rows(
         aux_CA=torch.cat(aux),
-        embed_CD=embed_VD[torch.cat(next_tokens)].float(),
+        embed_CD=embed_VD[torch.cat(next_tokens)],
         position_C=torch.cat(position),
         query_N=torch.cat(query),
-        embed_NKD=embed_VD[torch.cat(step_tokens)].float(),
+        embed_NKD=embed_VD[torch.cat(step_tokens)],
         sizes=tuple(sizes),
     )
 

@@ -3,13 +3,15 @@
 torch's meta device holds no values: an operation that mixes it with the CPU fails, and so does reading a value.
 """
 
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._utils import _get_device_index  # what torch.cuda reads a device with
 
 from onlinespec.draft.losses import Terms, head_loss
-from onlinespec.draft.place import check_device, placed
+from onlinespec.draft.place import bound_memory, check_device, placed
 from onlinespec.errors import ConfigError
 from onlinespec.trainer.batch import build_batch
 from tests.draft.tiny import build_draft, build_embedding, build_sample
@@ -32,6 +34,21 @@ def devices(value) -> set[str]:
 def test_a_batch_is_placed_whole_and_on_the_cpu_not_copied(batch):
     assert devices(placed(batch, META)) == {"meta"}
     assert placed(batch, torch.device("cpu")) is batch
+
+
+def test_what_was_captured_in_half_precision_is_moved_so_and_widened_where_it_is_computed():
+    draft, embed_VD = build_draft(), build_embedding().bfloat16()
+    sample = build_sample(1, 5, 9)
+    half = replace(sample, aux_TA=sample.aux_TA.bfloat16())
+    wide = replace(half, aux_TA=half.aux_TA.float())
+
+    batch, expected = (
+        build_batch([one], embed, 3, draft.draft_ids()) for one, embed in ((half, embed_VD), (wide, embed_VD.float()))
+    )
+
+    there = placed(batch, META).rows
+    assert {x.dtype for x in (there.aux_CA, there.embed_CD, there.embed_NKD)} == {torch.bfloat16}
+    assert torch.equal(draft.states(batch.rows), draft.states(expected.rows))
 
 
 @pytest.mark.parametrize("is_recomputing", [False, True])
@@ -73,3 +90,20 @@ def test_a_device_that_torch_does_not_see_is_an_error_that_says_how_many_it_sees
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ConfigError, match="sees 0 CUDA devices"):
         check_device("cuda")
+
+
+@pytest.mark.parametrize(("device", "index"), [("cuda", 2), ("cuda:1", 1)])
+def test_a_memory_bound_is_of_one_device_by_its_index_and_at_most_all_of_it(monkeypatch, device, index):
+    bounds = []
+
+    def set_fraction(fraction: float, device: object) -> None:
+        bounds.append((_get_device_index(device), fraction))
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=4 * 2**30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", set_fraction)
+
+    for gb in (0.0, 1.0, 8.0):
+        bound_memory(device, gb)
+
+    assert bounds == [(index, 0.25), (index, 1.0)]

@@ -2,16 +2,19 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from onlinespec.config import TrainerConfig
 from onlinespec.trainer.optim import DraftOptimizer, orthogonalize
 
 
+@pytest.mark.parametrize("is_half", [False, True])
 @pytest.mark.parametrize("shape", [(3, 24, 16), (2, 16, 40), (1, 8, 8)])
-def test_orthogonalize_brings_singular_values_near_one_and_keeps_the_directions(shape):
+def test_orthogonalize_brings_singular_values_near_one_and_keeps_the_directions(shape, is_half):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 100
 
-    result = orthogonalize(matrices)
+    result = orthogonalize(matrices, is_half)
 
     before, after = torch.linalg.svd(matrices, full_matrices=False), torch.linalg.svdvals(result)
     large = 0.02 * before.S.norm(dim=-1, keepdim=True) < before.S
@@ -20,7 +23,26 @@ def test_orthogonalize_brings_singular_values_near_one_and_keeps_the_directions(
     polar = before.U @ before.Vh
     cosine = (result * polar).sum((1, 2)) / result.norm(dim=(1, 2)) / polar.norm(dim=(1, 2))
     assert float(cosine.min()) > 0.95
-    assert result.shape == matrices.shape
+    assert (result.shape, result.dtype) == (matrices.shape, matrices.dtype)
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", torch.float32), ("cuda", torch.bfloat16)])
+def test_muon_multiplies_in_what_the_device_is_fast_in(device, expected):
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            if operation in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default):
+                dtypes.update(x.dtype for x in args if isinstance(x, torch.Tensor))
+            return operation(*args, **(kwargs or {}))
+
+    dtypes: set[torch.dtype] = set()
+    with FakeTensorMode(), Products():
+        shapes = {"a.weight": (6, 4), "norm.weight": (4,)}
+        parameters = {name: torch.nn.Parameter(torch.zeros(s, device=device)) for name, s in shapes.items()}
+        optimizer = DraftOptimizer(parameters, TrainerConfig())
+        parameters["a.weight"].grad = torch.ones(6, 4, device=device)
+        optimizer.step()
+
+    assert dtypes == {expected}
 
 
 def build_parameters() -> dict[str, torch.nn.Parameter]:
