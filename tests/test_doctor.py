@@ -58,7 +58,7 @@ def test_a_site_that_changed_and_one_that_is_gone_are_named(unpacked: Path):
     done = CliRunner().invoke(app, ["doctor", "--sglang", str(unpacked)])
 
     assert done.exit_code == 1
-    assert "2 of 14 do not resolve" in done.stdout
+    assert "2 of 15 do not resolve" in done.stdout
     assert "sampler        has changed Sampler.forward in srt/layers/sampler.py" in done.stdout
     assert "auxiliary      is missing  append_auxiliary_output" in done.stdout
 

@@ -1,8 +1,9 @@
 """Riding SGLang's own auxiliary output to the commit (SGLang 0.5.20 and later).
 
 SGLang copies on a side stream into pinned memory, and its scheduler waits for that copy before it commits tokens.
-So only what the commit itself needs goes that way, 4 bytes a request. The rows go a way of their own (`rows`):
-24 KB each for a target of width 4096, they would delay every token by their copy, and in prefill by megabytes.
+So nothing of ours goes that way: what the commit needs of the pass, SGLang copies for itself. The rows go a way of
+their own (`rows`): 24 KB each for a target of width 4096, they would delay every token by their copy, and in prefill
+by megabytes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,10 +20,14 @@ class OnDevice:
     """Source: SGLang 0.5.23 managers/auxiliary_output.py DeviceAuxiliaryOutput."""
 
     rider: Rider
-    accept_lens_B: torch.Tensor | None
+    result: Any
 
-    def copy_to_host(self, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> "OnHost":
-        return OnHost(self.rider, None if self.accept_lens_B is None else copy_tensor(self.accept_lens_B))
+    def copy_to_host(self, _copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> "OnHost":
+        """Copies nothing: by now the result has SGLang's own host copy of `accept_lens` in the place of the device's.
+
+        Source: SGLang 0.5.23 managers/utils.py GenerationBatchResult.copy_to_cpu.
+        """
+        return OnHost(self.rider, self.result.accept_lens)
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class OnHost:
 
     rider: Rider
     accept_lens_B: torch.Tensor | None
+    """there when SGLang's copy of the result is"""
 
     def consume(self, batch: Any, commits: Sequence[Commit | None]) -> None:
         """Called by SGLang once the pass's tokens are committed, before they are streamed."""
@@ -47,5 +53,4 @@ class AuxiliaryCarrier:
 
     def attach(self, result: Any, rider: Rider) -> None:
         output = result.logits_output
-        ours = OnDevice(rider, result.accept_lens)
-        output.auxiliary_device_output = self._append(output.auxiliary_device_output, ours)
+        output.auxiliary_device_output = self._append(output.auxiliary_device_output, OnDevice(rider, result))

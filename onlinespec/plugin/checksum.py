@@ -1,4 +1,4 @@
-"""The embedding table is the target's own; its checksum before and after each copy of ours must be the same.
+"""The embedding table is the target's own; its checksum before and after a version's first copy must be the same.
 
 The sums are made on the device and read on the host when they have come, so the scheduler's thread never waits for
 them. An alarm is about the server as it is from then on: it stays.

@@ -29,8 +29,14 @@ class Device(Protocol):
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Host memory that the device copies to and from by itself; uninitialised."""
 
+    def copy(self, destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+        """In one batch, on the current stream; this thread does not wait."""
+
     def copy_aside(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Event | None = None) -> Event:
-        """Copy (destination, source) pairs on the side stream. after: None for what the current stream has so far."""
+        """Copy (destination, source) pairs on the side stream. after: None for what the current stream has so far.
+
+        From host to host the copy is made at once, on this thread: no stream has it, and it comes after no event.
+        """
 
     def mark(self) -> Event:
         """What the current stream has so far."""
@@ -39,7 +45,7 @@ class Device(Protocol):
         """What the current stream gets from now on comes after the event; this thread does not wait."""
 
     def forwards(self) -> AbstractContextManager[Any]:
-        """Makes the stream that forwards run on the current one."""
+        """Makes the stream that forwards run on the current one, behind what the current one has so far."""
 
     def free_bytes(self) -> int | None:
         """Device memory nobody has; None where device and host are one."""
@@ -59,6 +65,9 @@ class HostDevice:
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=dtype)
+
+    def copy(self, destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+        torch._foreach_copy_(destinations, sources)
 
     def copy_aside(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Event | None = None) -> Event:
         for destination, source in pairs:
@@ -100,10 +109,15 @@ class CudaDevice:
     def __init__(self, device: torch.device, forward_stream: torch.cuda.Stream | None):
         self._device = device
         self._forward_stream = forward_stream
-        self._side = torch.cuda.Stream(device)
+        # torch deals streams of one priority in turn from a pool, and again those in use. SGLang's (forward, schedule,
+        # copy) all have the default one; behind a copy of rows, any of them would be late. A copy gains nothing by it.
+        self._side = torch.cuda.Stream(device, priority=-1)
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+
+    def copy(self, destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+        torch._foreach_copy_(destinations, sources, non_blocking=True)
 
     def copy_aside(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Event | None = None) -> Event:
         event = self.mark() if after is None else after
@@ -126,6 +140,7 @@ class CudaDevice:
     def forwards(self) -> AbstractContextManager[Any]:
         if self._forward_stream is None:
             return contextlib.nullcontext()
+        self._forward_stream.wait_stream(torch.cuda.current_stream(self._device))  # as SGLang before each pass
         return torch.cuda.stream(self._forward_stream)
 
     def free_bytes(self) -> int | None:

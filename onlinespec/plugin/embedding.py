@@ -1,6 +1,8 @@
 """The target's embedding table out of the server: after a weight update no file has it.
 
-The copy is made on the scheduler's thread, between two forward passes; it is written in a thread of its own.
+The scheduler's thread only marks where its stream is; a thread of ours copies the table from there on and writes it.
+It goes through a few megabytes of pinned memory: as much as a table would stop the device while it is taken, and
+torch would keep it. The next update of the weights waits for the copy, so what is written is one table.
 """
 
 import threading
@@ -12,7 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from onlinespec.errors import SwapError
+from onlinespec.plugin.device import Device, Event
 from onlinespec.wire.messages import EMBEDDING_TENSOR, ExportEmbedding
+
+_PART_BYTES = 16 * 2**20
 
 
 class EmbeddingExport:
@@ -20,31 +25,56 @@ class EmbeddingExport:
 
     def __init__(self) -> None:
         self._writing: threading.Thread | None = None
+        self._copied = threading.Event()
+        self._copied.set()
         self._error = ""
 
-    def begin(self, request: ExportEmbedding, embedding: Any) -> None:
+    def begin(self, request: ExportEmbedding, embedding: Any, device: Device) -> None:
         """On the scheduler's thread. embedding: SGLang 0.5.23 layers/vocab_parallel_embedding.py
         VocabParallelEmbedding, of which this rank holds consecutive rows, padding behind them."""
         start, end = 0, len(embedding.weight)
         if (shard := getattr(embedding, "shard_indices", None)) is not None:
             start, end = shard.org_vocab_start_index, shard.org_vocab_end_index
-        rows_nD = embedding.weight.detach()[: end - start].to("cpu", copy=True)
+        rows_nD = embedding.weight.detach()[: end - start]
         file = Path(request.directory) / f"{start:010d}.safetensors"
-        self._error = ""
+        self._error = "the thread that copies it broke off, the log says why"
+        self._copied.clear()
         self._writing = threading.Thread(
-            target=self._write, args=(rows_nD, file), name="onlinespec-export", daemon=True
+            target=self._write, args=(rows_nD, file, device, device.mark()), name="onlinespec-export", daemon=True
         )
         self._writing.start()
 
-    def _write(self, rows_nD: torch.Tensor, file: Path) -> None:
+    def _write(self, rows_nD: torch.Tensor, file: Path, device: Device, asked: Event) -> None:
         try:
-            save_file({EMBEDDING_TENSOR: rows_nD}, file)
+            on_host_nD = _copy(rows_nD, device, asked)
+        finally:
+            self._copied.set()
+        try:
+            save_file({EMBEDDING_TENSOR: on_host_nD}, file)
         except (OSError, SafetensorError) as error:  # safetensors does not tell a full disk as an OSError
-            self._error = f"{file}: {error}"
+            self._error = f"{file}: {error}; check the disk"
+        else:
+            self._error = ""
+
+    def wait_copied(self) -> None:
+        """On the scheduler's thread, before the table changes: until the copy under way has all of it."""
+        self._copied.wait()
 
     def wait(self) -> None:
         """Until this rank's rows are written. Raises: SwapError where they were not."""
         if self._writing is not None:
             self._writing.join()
         if self._error:
-            raise SwapError(f"the embedding table was not written: {self._error}; check the disk")
+            raise SwapError(f"the embedding table was not written: {self._error}")
+
+
+def _copy(rows_nD: torch.Tensor, device: Device, after: Event) -> torch.Tensor:
+    """To the host, behind that event. Shapes: [n, D]."""
+    num_rows = max(1, _PART_BYTES // (rows_nD.shape[1] * rows_nD.element_size()))
+    part_mD = device.pinned((min(num_rows, len(rows_nD)), rows_nD.shape[1]), rows_nD.dtype)
+    on_host_nD = torch.empty(rows_nD.shape, dtype=rows_nD.dtype)
+    for source, destination in zip(rows_nD.split(num_rows), on_host_nD.split(num_rows), strict=True):
+        arrived = part_mD[: len(source)]
+        device.copy_aside([(arrived, source)], after=after).wait()
+        destination.copy_(arrived)
+    return on_host_nD

@@ -159,6 +159,7 @@ class Runtime:
 
     def _note_update(self, updater: Any) -> bool:
         """Whether it is the draft's."""
+        self._export.wait_copied()
         if self._meter is not None:
             self._meter.interrupt()
         is_draft = bool(updater.get_model_runner().is_draft_worker)
@@ -220,7 +221,7 @@ class Runtime:
                 assert self._depth is not None
                 self._depth.set(num_steps)
             case ExportEmbedding():
-                self._export.begin(order, swapper.model.model.embed_tokens)
+                self._export.begin(order, swapper.model.model.embed_tokens, swapper.device)
             case FinishExport():
                 self._finish_export()
 

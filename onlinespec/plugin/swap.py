@@ -89,7 +89,7 @@ class Swapper:
         self.last_duration_s = 0.0
         """seconds of the scheduler's thread; on a GPU the copy itself goes on behind it"""
         self._scheduler = scheduler
-        self._device = device
+        self.device = device
         self._shapes = shapes
         self._agree = agree
         self.weights = Weights(self.model, scheduler.tp_worker.model_runner.model, device, reserve_bytes)
@@ -192,11 +192,20 @@ class Swapper:
         self._staged = None
 
     def _install(self, slot: Slot) -> None:
-        """Into the draft's storage, ordered between two forwards; `checks` tells whether the target's table was hit."""
-        with self._device.forwards():
+        """Into the draft's storage, ordered between two forwards.
+
+        `checks` tells whether the target's table was hit, once for what a slot holds: a later copy out of it, as a
+        switchback makes many, writes the same bytes to the same addresses. A check reads the whole table twice, for
+        Llama 3.1 8B 2.1 GB beside the 1.7 GB that the copy reads and writes.
+        """
+        with self.device.forwards():
+            if slot.is_checked:
+                self.weights.install(slot)
+                return
             before = self.checks.sum()
             self.weights.install(slot)
             self.checks.expect_same(slot.holds.version, before)
+            slot.is_checked = True
 
 
 def _is_same(held: StageVersion | None, request: StageVersion) -> bool:

@@ -53,6 +53,7 @@ class TapRider:
                 tap.sender.offer(message)
         else:
             assert accept_lens_B is not None
+            assert accept_lens_B.is_cpu, "read from the device, they would stall the scheduler"
             kept = verify_pass(tap.book, reqs, commits, accept_lens_B.tolist(), self.width, layout.drafted_by)
         if kept.segments and self.rows is None:
             tap.sender.counters["ring_full"] += 1

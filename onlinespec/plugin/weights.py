@@ -19,13 +19,14 @@ from onlinespec.plugin.device import Device, Event
 
 class Slot:
     """One version's tensors. holds: which; None while it is written, or where it was never. ready: they are there.
-    read: the last copy out of them has been made."""
+    read: the last copy out of them has been made. is_checked: a copy out of them stood between two checksums."""
 
     def __init__(self, tensors: list[torch.Tensor], now: Event):
         self.tensors = tensors
         self.holds: Any = None
         self.ready = now
         self.read = now
+        self.is_checked = False
 
 
 class Weights:
@@ -47,7 +48,7 @@ class Weights:
         }
         self.own = [parameter.data for parameter in self._parameters.values()]
         self._loading = self._pinned()
-        _copy(self._loading, self.own, non_blocking=False)  # a tensor that no version carries stays what it is
+        torch._foreach_copy_(self._loading, self.own)  # a tensor that no version carries stays what it is
         self.num_on_device = 0
         """slots that are not in host memory"""
         self.slots = [self._slot(reserve_bytes) for _ in range(2)]
@@ -61,15 +62,16 @@ class Weights:
         has_room = free_bytes is None or free_bytes - sum(tensor.nbytes for tensor in self.own) >= reserve_bytes
         self.num_on_device += has_room
         tensors = [torch.empty_like(tensor) for tensor in self.own] if has_room else self._pinned()
-        _copy(tensors, self.own, non_blocking=False)
+        torch._foreach_copy_(tensors, self.own)
         return Slot(tensors, self._device.mark())
 
     def fill(self, slot: Slot, weights: dict[str, torch.Tensor], holds: Any) -> None:
         """On a thread of ours: from host tensors of canonical names into the slot, behind the last copy out of it."""
         self._ready.wait()  # what was loaded last has left for its slot
-        slot.holds = None
+        slot.holds, slot.is_checked = None, False
         stand_in = _StandIn(self._model, self._parameters, self._loading)
         type(self._model).load_weights(stand_in, list(weights.items()))
+        slot.read.wait()  # on this host: a slot in its memory is written by this thread, and would be read half new
         self._ready = slot.ready = self._device.copy_aside(
             list(zip(slot.tensors, self._loading, strict=True)), after=slot.read
         )
@@ -78,7 +80,7 @@ class Weights:
     def install(self, slot: Slot) -> None:
         """The slot's tensors into the draft's own, on the current stream; this thread does not wait."""
         self._device.follow(slot.ready)
-        _copy(self.own, slot.tensors, non_blocking=True)
+        self._device.copy(self.own, slot.tensors)
         slot.read = self._device.mark()
 
 
@@ -107,7 +109,3 @@ def _mirror(parameter: torch.Tensor, storage: torch.Tensor) -> torch.Tensor:
     mirror = torch.Tensor._make_subclass(type(parameter), storage, False)
     mirror.__dict__.update(vars(parameter))
     return mirror
-
-
-def _copy(destinations: list[torch.Tensor], sources: list[torch.Tensor], non_blocking: bool) -> None:
-    torch._foreach_copy_(destinations, sources, non_blocking=non_blocking)

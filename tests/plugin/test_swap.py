@@ -1,32 +1,15 @@
 """What may become the draft's weights: exactly the file that was judged, exactly the names in service."""
 
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from onlinespec.draft.header import digest
 from onlinespec.errors import SwapError
 from onlinespec.plugin.swap import ApplyVersion, StageVersion, Swapper, read_version
 from tests.plugin.late import LateDevice
-
-WEIGHTS = {"fc.weight": torch.arange(6.0).reshape(2, 3), "norm.weight": torch.ones(3), "d2t": torch.arange(2)}
-SHAPES = {name: tuple(tensor.shape) for name, tensor in WEIGHTS.items()}
-
-
-@pytest.fixture
-def publish(tmp_path: Path) -> Callable[..., str]:
-    """Write a version directory with some tensors changed (None removes one); returns its path."""
-
-    def write(**changes: torch.Tensor | None) -> str:
-        tensors = WEIGHTS | {name.replace("__", "."): tensor for name, tensor in changes.items()}
-        save_file({name: t for name, t in tensors.items() if t is not None}, tmp_path / "model.safetensors")
-        return str(tmp_path)
-
-    return write
+from tests.plugin.toy_draft import FUSED, SHAPES, WEIGHTS, build_swapper, drafting, stage
 
 
 def test_a_sound_version_is_read_as_it_was_written(publish):
@@ -84,69 +67,12 @@ def test_a_value_that_is_not_finite_is_refused_by_the_name_of_its_tensor(publish
         read_version(path, digest(path), SHAPES, {})
 
 
-class Model(torch.nn.Module):
-    """A draft of SGLang's, as far as a swap goes: fused own weights, and a table that is the target's."""
-
-    def __init__(self, table: torch.nn.Parameter) -> None:
-        super().__init__()
-        self.model = torch.nn.Module()
-        self.model.embed_tokens = torch.nn.Embedding(4, 2, _weight=table)
-        self.model.embed_tokens.weight = table
-        self.fused = torch.nn.Parameter(torch.full((3, 3), 7.0))
-        self.unsaved = torch.nn.Parameter(torch.full((2,), 5.0))
-        self.fused.weight_loader = self.load_shard
-        self.hot_token_id = WEIGHTS["d2t"] + torch.arange(2)
-
-    @staticmethod
-    def load_shard(parameter: torch.nn.Parameter, loaded: torch.Tensor) -> None:
-        """As SGLang's fused layers: fc in rows 0 and 1, norm in row 2."""
-        parameter.data[2 if loaded.dim() == 1 else slice(0, 2)].copy_(loaded)
-
-    def load_weights(self, pairs) -> None:
-        parameters = dict(self.named_parameters())
-        for name, tensor in pairs:
-            if name == "embed_tokens.weight":
-                parameters["model.embed_tokens.weight"].data.copy_(tensor)
-            else:
-                parameters["fused"].weight_loader(parameters["fused"], tensor)
-
-
-FUSED = torch.cat([WEIGHTS["fc.weight"], WEIGHTS["norm.weight"][None]])
-
-
-def build_swapper(device: LateDevice, reserve_bytes: int = 0) -> Swapper:
-    target = torch.nn.Embedding.from_pretrained(torch.ones(4, 2))
-    runner = SimpleNamespace(model=Model(target.weight))
-    scheduler = SimpleNamespace(
-        draft_worker=SimpleNamespace(_draft_worker=SimpleNamespace(draft_runner=runner)),
-        tp_worker=SimpleNamespace(model_runner=SimpleNamespace(model=target)),
-    )
-    return Swapper(scheduler, device, SHAPES, StageVersion(1, "first", "0" * 64), reserve_bytes)
-
-
-@pytest.fixture
-def device() -> LateDevice:
-    return LateDevice()
-
-
-@pytest.fixture
-def swapper(device: LateDevice) -> Swapper:
-    return build_swapper(device)
-
-
-def stage(swapper: Swapper, version: int, path: str) -> StageVersion:
-    request = StageVersion(version, path, digest(path))
-    swapper.begin_stage(request)
-    swapper.wait_staged()
-    return request
-
-
 def test_a_swap_makes_the_staged_version_the_incumbent_and_nothing_is_staged_then(publish, swapper: Swapper):
     stage(swapper, 7, publish())
 
     swapper.apply(ApplyVersion(7))
 
-    assert torch.equal(swapper.model.fused, FUSED)
+    assert torch.equal(drafting(swapper), FUSED)
     assert (swapper.version, swapper.incumbent, swapper.num_swaps) == (7, 7, 1)
     with pytest.raises(SwapError, match="version 7 is not staged; nothing was swapped"):
         swapper.apply(ApplyVersion(7))
@@ -161,7 +87,7 @@ def test_a_swap_waits_on_the_device_for_the_staging_and_not_on_the_schedulers_th
     swapper.apply(ApplyVersion(7))
 
     assert (run_before, device.num_waits) == (0, waits_before), "staged, but the copy had not run"
-    assert torch.equal(swapper.model.fused, FUSED)
+    assert torch.equal(drafting(swapper), FUSED)
 
 
 def test_the_copy_is_launched_where_forwards_run_and_into_the_storage_that_graphs_know(
@@ -182,6 +108,7 @@ def test_a_tensor_that_no_version_carries_stays_what_it_was(publish, swapper: Sw
 
     swapper.apply(ApplyVersion(7))
 
+    drafting(swapper)
     assert swapper.model.unsaved.tolist() == [5, 5]
 
 
@@ -193,25 +120,26 @@ def test_going_back_to_the_predecessor_reads_nothing(publish, swapper: Swapper):
     swapper.begin_stage(first)
     swapper.apply(ApplyVersion(1))
 
-    assert torch.equal(swapper.model.fused, torch.full((3, 3), 7.0))
+    assert torch.equal(drafting(swapper), torch.full((3, 3), 7.0))
     assert (swapper.version, swapper.incumbent) == (1, 1)
 
 
-def test_a_candidate_takes_the_predecessors_slot_only_behind_the_last_copy_out_of_it(
-    publish, swapper: Swapper, device: LateDevice
-):
+@pytest.mark.parametrize("free_bytes", [10_000, 0])
+def test_a_candidate_takes_the_predecessors_slot_only_behind_the_last_copy_out_of_it(publish, free_bytes: int):
+    device = LateDevice(free_bytes)
+    swapper = build_swapper(device, reserve_bytes=900)
     stage(swapper, 7, publish())
     swapper.put(7)
+    read_by_a_forward = torch.zeros(3, 3)
+    with device.forwards():
+        device.copy([read_by_a_forward], [swapper.model.fused])
     swapper.put(1)
-    slot = next(slot for slot in swapper.weights.slots if slot.holds.version == 7)
-    read = slot.read
 
     stage(swapper, 8, publish(norm__weight=torch.zeros(3)))
-
-    assert device.afters[-1] is read
-    assert slot.holds.version == 8
     swapper.put(8)
-    assert swapper.model.fused[2].tolist() == [0, 0, 0]
+
+    assert drafting(swapper)[2].tolist() == [0, 0, 0]
+    assert torch.equal(read_by_a_forward, FUSED)
 
 
 def test_host_memory_is_loaded_again_only_when_what_it_held_has_left(publish, swapper: Swapper, device: LateDevice):
@@ -247,7 +175,7 @@ def test_a_version_is_resident_on_the_device_where_the_reserve_allows_and_in_pin
 
     assert swapper.weights.num_on_device == 2 * is_on_device
     assert device.num_pinned_bytes == num_bytes * (1 if is_on_device else 3) + 16, "and a checksum before and after"
-    assert torch.equal(swapper.model.fused, FUSED)
+    assert torch.equal(drafting(swapper), FUSED)
 
 
 @pytest.mark.parametrize(
@@ -264,7 +192,7 @@ def test_another_shape_or_vocabulary_map_is_refused_before_anything_is_staged(pu
     with pytest.raises(SwapError, match=f"{said}; nothing was swapped"):
         swapper.apply(ApplyVersion(7))
 
-    assert bool((swapper.model.fused == 7).all())
+    assert bool((drafting(swapper) == 7).all())
 
 
 def test_a_version_on_trial_drafts_while_the_incumbent_stays_the_incumbent(publish, swapper: Swapper):
@@ -272,19 +200,19 @@ def test_a_version_on_trial_drafts_while_the_incumbent_stays_the_incumbent(publi
     swapper.check_staged(7)
 
     swapper.put(7)
-    drafted, state = swapper.model.fused.clone(), (swapper.version, swapper.incumbent, swapper.num_swaps)
+    drafted, state = drafting(swapper).clone(), (swapper.version, swapper.incumbent, swapper.num_swaps)
     swapper.put(1)
 
     assert torch.equal(drafted, FUSED)
     assert state == (7, 1, 0)
-    assert bool((swapper.model.fused == 7).all())
+    assert bool((drafting(swapper) == 7).all())
 
 
 def test_a_version_that_is_not_resident_is_not_put(swapper: Swapper):
     with pytest.raises(SwapError, match="version 9 is not resident"):
         swapper.put(9)
 
-    assert bool((swapper.model.fused == 7).all())
+    assert bool((drafting(swapper) == 7).all())
 
 
 def test_a_rank_that_could_not_stage_keeps_all_of_them_from_swapping(publish, swapper: Swapper):
@@ -297,7 +225,7 @@ def test_a_rank_that_could_not_stage_keeps_all_of_them_from_swapping(publish, sw
 
     assert heard == [True]
     assert swapper.version == 1
-    assert bool((swapper.model.fused == 7).all())
+    assert bool((drafting(swapper) == 7).all())
 
 
 def test_a_rank_whose_staging_failed_says_so_to_the_others_before_it_raises_its_own_error(publish, swapper: Swapper):
@@ -321,34 +249,3 @@ def test_a_payload_that_names_the_targets_table_finds_no_way_to_it(swapper: Swap
 
     assert slot.holds is None, "half written"
     assert bool((swapper.model.model.embed_tokens.weight == 1).all())
-
-
-@pytest.mark.parametrize("act", [lambda s: s.apply(ApplyVersion(7)), lambda s: s.put(7)])
-def test_a_copy_that_reaches_the_targets_table_is_an_alarm_once_its_checksums_came(
-    publish, swapper: Swapper, device: LateDevice, monkeypatch, act
-):
-    stage(swapper, 7, publish())
-    install = swapper.weights.install
-    spoil = swapper.model.model.embed_tokens.weight.data.add_
-    monkeypatch.setattr(swapper.weights, "install", lambda slot: (install(slot), spoil(1)))
-
-    act(swapper)
-    swapper.checks.poll()
-    waits = device.num_waits
-
-    with pytest.raises(SwapError, match="version 7 changed the target's embedding table; restart the server now"):
-        swapper.checks.wait()
-    assert device.num_waits == waits + 1
-    for _ in range(2):
-        with pytest.raises(SwapError, match="restart the server now"):
-            swapper.checks.poll()
-
-
-def test_checksums_that_came_and_agree_are_forgotten(publish, swapper: Swapper):
-    stage(swapper, 7, publish())
-    swapper.apply(ApplyVersion(7))
-
-    swapper.checks.wait()
-    swapper.checks.poll()
-
-    assert not swapper.checks._open

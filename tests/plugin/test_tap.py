@@ -208,7 +208,7 @@ def test_a_pass_of_requests_that_are_not_captured_costs_the_device_nothing():
     server.commit(reqs, [[7]])
     server.commit(reqs, [[9]], [1])
 
-    assert (server.sender.offered, server.device.afters) == ([], [])
+    assert (server.sender.offered, server.device.num_asked) == ([], 0)
     assert (server.fuse.last_fault, server.sender.counters["ring_full"]) == ("", 0)
 
 
@@ -218,7 +218,7 @@ def test_nothing_is_taken_while_capture_is_off():
 
     server.launch(reqs, is_prefill=True)
 
-    assert (server.carrier.riders, server.device.afters) == ([], [])
+    assert (server.carrier.riders, server.device.num_asked) == ([], 0)
 
 
 def test_rows_whose_copy_fails_are_dropped_inside_the_fuse():
@@ -226,10 +226,10 @@ def test_rows_whose_copy_fails_are_dropped_inside_the_fuse():
     server.launch(reqs, is_prefill=True)
     server.commit(reqs, [[7]])
 
-    def fail(_number: int) -> None:
+    def fail(_work) -> None:
         raise RuntimeError("device gone")
 
-    server.device.run_until = fail
+    server.device.finish = fail
     sent = server.sender.send()
 
     assert [frames for _, frames in sent] == [None]
