@@ -62,9 +62,9 @@ gpu:
 # What a GPU machine without a network needs beside torch 2.11, about 50 MB each: carry one, and try 0.5.23 first.
 gpu-kit: gpu-kit/sglang-0.5.23.tar.xz gpu-kit/sglang-0.5.17.tar.xz
 
-gpu-kit/sglang-%.tar.xz: benchmarks/gpu/make_kit.sh benchmarks/gpu/kit-%.txt
+gpu-kit/sglang-%.tar.xz: benchmarks/gpu/make_kit.sh benchmarks/gpu/kit-%.txt $(READY)
 	mkdir -p gpu-kit
-	benchmarks/gpu/make_kit.sh $* $@
+	PYTHON=$(PYTHON) benchmarks/gpu/make_kit.sh $* $@
 
 venv: $(READY)
 

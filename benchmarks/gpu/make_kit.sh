@@ -7,6 +7,7 @@
 # usage: make_kit.sh 0.5.17|0.5.23 OUTFILE.tar.xz
 # there: mkdir SITE && tar -C SITE -xJf OUTFILE.tar.xz && PYTHONPATH=SITE:$PWD make gpu PYTHON=python
 set -euo pipefail
+python=${PYTHON:-python3} # with pip and packaging
 here=$(cd "$(dirname "$0")" && pwd)
 version=$1 out=$(realpath -m "$2")
 work=$(mktemp -d)
@@ -14,7 +15,7 @@ trap 'rm -rf "$work"' EXIT
 platforms=()
 for glibc in 2_34 2_28 2_27 2_26 2_24 2_17 2_5; do platforms+=(--platform "manylinux_${glibc}_x86_64"); done
 platforms+=(--platform manylinux2014_x86_64 --platform manylinux1_x86_64)
-python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+"$python" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
   --abi cp312 --abi abi3 --abi none "${platforms[@]}" -d "$work/wheels" -r "$here/kit-$version.txt"
 site=$work/site
 mkdir "$site"
@@ -31,7 +32,7 @@ info=$site/onlinespec-0.dist-info
 mkdir "$info"
 printf 'Metadata-Version: 2.1\nName: onlinespec\nVersion: 0\n' > "$info/METADATA"
 printf '[sglang.srt.plugins]\nonlinespec = onlinespec.plugin.entry:register\n' > "$info/entry_points.txt"
-python3 "$here/kit_needs.py" "$site"
+"$python" "$here/kit_needs.py" "$site"
 find "$site" -name __pycache__ -prune -exec rm -rf {} +
 tar -C "$site" -c . | xz -T0 -9 > "$out"
 du -h "$out"

@@ -79,8 +79,7 @@ class Runtime:
         self._meter: Meter | None = None
         self._switchback: Switchback | None = None
         self._depth: Depth | None = None
-        self._export = EmbeddingExport()
-        self._orders, self._prefixes = Orders(), PrefixGeneration()
+        self._export, self._orders, self._prefixes = EmbeddingExport(), Orders(), PrefixGeneration()
 
     def after_init_request_dispatcher(self, _result: Any, scheduler: Any) -> None:
         """The workers exist: register our message and, on rank 0, open the sockets."""
