@@ -28,5 +28,5 @@ class PrefixGeneration:
         for request in requests:
             for one in getattr(request, "batch", (request,)):
                 if hasattr(one, "extra_key"):
-                    # With the client's own first: two keys never meet in one, whatever a client sends.
+                    # Behind the client's own: keys that were two stay two.
                     one.extra_key = f"{one.extra_key or ''}|draft {self.number}"
