@@ -218,8 +218,7 @@ class Promoter:
             if harm is not None:
                 self._roll_back(harm)
                 return None
-            if self.lag.is_due(self.service.version):
-                self.service.renew_prefixes(self.lag)
+            if self.lag.is_due(self.service.version) and self.service.renew_prefixes(self.lag):
                 self.watch.guard.forget_aged()
         return self._observe_race(sample, cluster, matches) if "candidate" in matches else None
 

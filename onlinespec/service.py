@@ -179,15 +179,16 @@ class Service:
         self._retain()
         return True
 
-    def renew_prefixes(self, lag: Lag) -> None:
-        """Have the server compute cached prefixes anew, because of this lag."""
+    def renew_prefixes(self, lag: Lag) -> bool:
+        """Have the server compute cached prefixes anew, because of this lag; False where it refuses."""
         ack = self._control.acknowledged(RenewPrefixes())
         if ack.is_ok:
-            now_s, mean = time.time(), lag.mean_tokens
-            self.journal.append(PrefixesRenewed(time_s=now_s, version=self.version, lag_tokens=mean))
+            event = PrefixesRenewed(time_s=time.time(), version=self.version, lag_tokens=lag.mean_tokens)
+            self.journal.append(event)
         else:
             print(f"onlinespec sidecar: cached prefixes stay as they are: {ack.message}", flush=True)
-        lag.renewed(self.version, time.time())
+        lag.renewed(self.version, time.time() if ack.is_ok else None)
+        return ack.is_ok
 
     def roll_back(self, harm: GuardVerdict) -> str:
         """The guard's word, written down with its evidence; says why it was not carried out, empty where it was."""

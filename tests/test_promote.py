@@ -277,7 +277,8 @@ def test_a_lag_on_older_drafts_kv_renews_prefixes_once_and_rolls_nothing_back(pa
 
 def test_a_server_that_refuses_to_renew_prefixes_is_not_asked_again(paths, server, capsys):
     promoter = build_promoter(paths)
-    server.refusal = "no"
+    assert promoter.watch is not None
+    server.refusal, aged = "no", promoter.watch.guard.detectors["aged"]
 
     for _ in range(2):
         for _ in range(NUM_REQUESTS):
@@ -286,6 +287,8 @@ def test_a_server_that_refuses_to_renew_prefixes_is_not_asked_again(paths, serve
 
     assert capsys.readouterr().out.count("cached prefixes stay as they are: no") == 1
     assert written(paths, PrefixesRenewed) == []
+    assert promoter.watch.guard.detectors["aged"] is aged, "what was seen still holds"
+    assert promoter.lag.renewed_s < 0
 
 
 def test_a_pin_outranks_the_guard_and_harm_is_written_down(paths, server, capsys):

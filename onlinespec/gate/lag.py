@@ -41,8 +41,9 @@ class Lag:
         is_known = len(self._recent) == NUM_REQUESTS and self._renewed_version != version
         return is_known and 0.0 < self._tolerance_tokens < -self.mean_tokens
 
-    def renewed(self, version: int, now_s: float) -> None:
-        """It was done, or refused: not again for this version."""
-        self.renewed_s = now_s
+    def renewed(self, version: int, now_s: float | None) -> None:
+        """It was done; None where it was refused. Not again for this version."""
         self._renewed_version = version
-        self._recent.clear()
+        if now_s is not None:
+            self.renewed_s = now_s
+            self._recent.clear()
