@@ -8,6 +8,7 @@ OnlinespecError
  +- WireError         a message or a tensor frame that does not decode
  +- SiteError         a hook site of SGLang that is missing or has changed
  +- SwapError         the server refused a swap
+ |   +- NotYetError   some rank is still at what an order wants done; it is asked again
  +- VersionError      a version that is not in the store, or is damaged
  +- RecordError       a recording that is damaged, does not fit, or cannot be made
  +- TrainError        offline training that cannot begin or go on as asked
@@ -48,6 +49,10 @@ class SiteError(OnlinespecError):
 
 class SwapError(OnlinespecError):
     """The server refused to change the draft's weights."""
+
+
+class NotYetError(SwapError):
+    """Some rank has not done yet what this order wants done."""
 
 
 class VersionError(OnlinespecError):

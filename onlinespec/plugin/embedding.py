@@ -6,6 +6,7 @@ torch would keep it. The next update of the weights waits for the copy, so what 
 """
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from onlinespec.errors import SwapError
+from onlinespec.errors import NotYetError, SwapError
 from onlinespec.plugin.device import Device, Event
 from onlinespec.wire.messages import EMBEDDING_TENSOR, ExportEmbedding
 
@@ -60,12 +61,21 @@ class EmbeddingExport:
         """On the scheduler's thread, before the table changes: until the copy under way has all of it."""
         self._copied.wait()
 
-    def wait(self) -> None:
-        """Until this rank's rows are written. Raises: SwapError where they were not."""
+    def wait_written(self) -> None:
+        """Until this rank's rows are written, or could not be; never on the scheduler's thread."""
         if self._writing is not None:
             self._writing.join()
-        if self._error:
-            raise SwapError(f"the embedding table was not written: {self._error}")
+
+    def expect_written(self, agree: Callable[[bool], bool]) -> None:
+        """On every rank at the same iteration. agree: whether a statement holds on all of them.
+
+        Raises, on all of them: NotYetError while one is still writing, SwapError where one could not.
+        """
+        if not agree(self._writing is None or not self._writing.is_alive()):
+            raise NotYetError("the embedding table is still being written")
+        if not agree(not self._error):
+            said = self._error or "another rank could not write its part; see its log"
+            raise SwapError(f"the embedding table was not written: {said}")
 
 
 def _copy(rows_nD: torch.Tensor, device: Device, after: Event) -> torch.Tensor:

@@ -1,30 +1,43 @@
 """Orders: from the control thread to every rank, at the same iteration of each.
 
 An order rides SGLang's own request broadcast. The control thread waits until this rank has carried it out;
-one that the scheduler does not take in time is given up, one that is on its way no longer can be.
+one that the scheduler does not take in time is given up, one that is on its way no longer can be. What takes a rank
+long, it does in a thread of its own, and the control thread asks all of them again until none is still at it: no
+scheduler's thread waits for another rank's disk.
 """
 
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
-from onlinespec.errors import SwapError
-from onlinespec.plugin.swap import ApplyVersion, StageVersion
+from onlinespec.errors import NotYetError, SwapError
+from onlinespec.plugin.swap import ApplyVersion, ExpectStaged, StageVersion
 from onlinespec.wire.messages import ExportEmbedding, SetDepth, StartSwitchback, StopSwitchback
 
 _TIMEOUT_S = 60.0
+_AGAIN_S = 0.02
 logger = logging.getLogger(__name__)
 
 
 class FinishExport(msgspec.Struct, frozen=True):
-    """To every rank: wait until what `ExportEmbedding` asked for is written."""
+    """To every rank: say whether what `ExportEmbedding` asked for is written. None waits."""
 
 
-Order = StageVersion | ApplyVersion | StartSwitchback | StopSwitchback | SetDepth | ExportEmbedding | FinishExport
+Order = (
+    StageVersion
+    | ExpectStaged
+    | ApplyVersion
+    | StartSwitchback
+    | StopSwitchback
+    | SetDepth
+    | ExportEmbedding
+    | FinishExport
+)
 
 
 class Delivery(msgspec.Struct):
@@ -41,8 +54,8 @@ class _Waiter:
         self.done = threading.Event()
         self.is_taken = False
         """on its way to the ranks: it can no longer be given up"""
-        self.error = "a fault in the server"
-        """empty once the order was carried out"""
+        self.error: SwapError | None = SwapError("a fault in the server")
+        """None once the order was carried out"""
 
 
 class Orders:
@@ -73,8 +86,22 @@ class Orders:
                     del self._waiters[number]
                     raise SwapError(f"the scheduler did not take the order within {_TIMEOUT_S:.0f} s; it is given up")
             waiter.done.wait()
-        if waiter.error:
-            raise SwapError(waiter.error)
+        if waiter.error is not None:
+            raise waiter.error
+
+    def ask(self, order: Order) -> None:
+        """From the control thread: send it again until no rank says `NotYetError`.
+
+        Raises: SwapError as `send`, or where a rank is still at it after a minute.
+        """
+        deadline_s = time.monotonic() + _TIMEOUT_S
+        while True:
+            try:
+                return self.send(order)
+            except NotYetError as error:
+                if time.monotonic() > deadline_s:
+                    raise SwapError(f"{error}, after {_TIMEOUT_S:.0f} s; it is given up") from error
+            time.sleep(_AGAIN_S)
 
     def take(self, requests: list[Any]) -> None:
         """On rank 0's scheduler thread: what waits joins the requests that are broadcast next."""
@@ -92,9 +119,11 @@ class Orders:
             waiter = self._waiters.pop(delivery.number, None) or _Waiter()
         try:
             carry_out(delivery.order)
-            waiter.error = ""
+            waiter.error = None
+        except NotYetError as error:
+            waiter.error = error
         except SwapError as error:
-            waiter.error = str(error)
+            waiter.error = error
             logger.error("onlinespec: %s", error)  # another rank than 0 has nobody to tell
         finally:
             waiter.done.set()

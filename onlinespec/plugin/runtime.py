@@ -34,7 +34,7 @@ from onlinespec.plugin.requests import RequestBook
 from onlinespec.plugin.ring import Ring
 from onlinespec.plugin.rows import RowCopier
 from onlinespec.plugin.sites import Site
-from onlinespec.plugin.swap import ApplyVersion, StageVersion, Swapper
+from onlinespec.plugin.swap import ApplyVersion, ExpectStaged, StageVersion, Swapper
 from onlinespec.plugin.switchback import Switchback
 from onlinespec.plugin.tap import Tap
 from onlinespec.plugin.teacher import teacher_of
@@ -210,8 +210,10 @@ class Runtime:
                 swapper.begin_stage(order)
             case ApplyVersion():
                 swapper.apply(order)
+            case ExpectStaged(version):
+                swapper.expect_staged(version)
             case StartSwitchback():
-                swapper.check_staged(order.version)
+                swapper.expect_staged(order.version)
                 self._switchback = Switchback(order, swapper)
             case StopSwitchback():
                 if self._switchback is not None:
@@ -222,17 +224,7 @@ class Runtime:
             case ExportEmbedding():
                 self._export.begin(order, swapper.model.model.embed_tokens, swapper.device)
             case FinishExport():
-                self._finish_export()
-
-    def _finish_export(self) -> None:
-        """Raises: SwapError, on every rank, where one has not written its part."""
-        refusal: SwapError | None = None
-        try:
-            self._export.wait()
-        except SwapError as error:
-            refusal = error
-        if not _agree(refusal is None):
-            raise refusal or SwapError("another rank could not write its part of the embedding table; see its log")
+                self._export.expect_written(_agree)
 
     @property
     def _running(self) -> StartSwitchback | None:
@@ -286,8 +278,7 @@ class Runtime:
         assert swapper is not None
         if self._running is not None:
             self._orders.send(StopSwitchback())
-        self._orders.send(StageVersion(request.version, request.path, request.digest))
-        swapper.wait_staged()
+        self._stage(request)
         self._orders.send(ApplyVersion(request.version))
         assert swapper.version == request.version, (swapper.version, request.version)
         swapper.checks.wait()
@@ -305,9 +296,15 @@ class Runtime:
             raise SwapError(f"version {request.version} is in service; a switchback wants another one")
         if self._depth is not None and self._depth.num_steps == 0:
             raise SwapError("nothing is drafted at depth 0; raise the depth before a switchback")
-        self._orders.send(StageVersion(request.version, request.path, request.digest))
-        swapper.wait_staged()
+        self._stage(request)
         self._orders.send(request)
+
+    def _stage(self, request: Swap | StartSwitchback) -> None:
+        """On every rank. Raises: SwapError where one could not."""
+        assert self._swapper is not None
+        self._orders.send(StageVersion(request.version, request.path, request.digest))
+        self._swapper.wait_staged()
+        self._orders.ask(ExpectStaged(request.version))
 
     def _set_depth(self, request: SetDepth) -> None:
         """Raises: SwapError."""
@@ -324,8 +321,8 @@ class Runtime:
     def _export_embedding(self, request: ExportEmbedding) -> None:
         """Raises: SwapError."""
         self._orders.send(request)
-        self._export.wait()
-        self._orders.send(FinishExport())
+        self._export.wait_written()
+        self._orders.ask(FinishExport())
 
     def _hello(self) -> Hello:
         worker, config, depth = self._scheduler.draft_worker, self._scheduler.model_config, self._depth

@@ -20,7 +20,7 @@ from safetensors.torch import load
 
 from onlinespec.draft.checkpoint import unsound_reason
 from onlinespec.draft.header import MAP_NAMES, WEIGHTS_FILE, digest_of_bytes
-from onlinespec.errors import SwapError
+from onlinespec.errors import NotYetError, SwapError
 from onlinespec.plugin.checksum import TableChecks
 from onlinespec.plugin.device import Device
 from onlinespec.plugin.weights import Slot, Weights
@@ -32,6 +32,12 @@ class StageVersion(msgspec.Struct, frozen=True):
     version: int
     path: str
     digest: str
+
+
+class ExpectStaged(msgspec.Struct, frozen=True):
+    """To every rank: say whether this version is staged. None waits."""
+
+    version: int
 
 
 class ApplyVersion(msgspec.Struct, frozen=True):
@@ -117,7 +123,7 @@ class Swapper:
         return {"d2t": ids_W - torch.arange(len(ids_W))}
 
     def begin_stage(self, request: StageVersion) -> None:
-        """Stage in a thread, in place of what was staged before; its error waits for `wait_staged`.
+        """Stage in a thread, in place of what was staged before; its error waits for who asks.
 
         What a slot holds already, the predecessor most of all, is staged at once and read from nowhere.
         """
@@ -146,21 +152,26 @@ class Swapper:
         self._staged = slot
 
     def wait_staged(self) -> None:
-        """Raises: SwapError where staging failed on this rank."""
+        """Until it has succeeded or failed on this rank; never on the scheduler's thread."""
         if self._staging is not None:
             self._staging.join()
-        if self._error is not None:
-            raise self._error
 
-    def check_staged(self, version: int) -> None:
-        """On every rank at the same iteration. Raises: SwapError, on all of them, where one has it not staged."""
-        refusal: SwapError | None = None
-        try:
-            self.wait_staged()
-            if self._staged is None or self._staged.holds.version != version:
-                refusal = SwapError(f"version {version} is not staged; nothing was swapped")
-        except SwapError as error:
-            refusal = error
+    def expect_staged(self, version: int) -> None:
+        """On every rank at the same iteration. Raises, on all of them: NotYetError while one is still staging,
+        SwapError where one has it not staged."""
+        if not self._agree(not self._is_staging):
+            raise NotYetError(f"version {version} is still being staged")
+        self._check_staged(version)
+
+    @property
+    def _is_staging(self) -> bool:
+        return self._staging is not None and self._staging.is_alive()
+
+    def _check_staged(self, version: int) -> None:
+        """See `expect_staged`."""
+        refusal = self._error
+        if self._is_staging or self._staged is None or self._staged.holds.version != version:
+            refusal = refusal or SwapError(f"version {version} is not staged; nothing was swapped")
         if not self._agree(refusal is None):
             self._staged = None
             raise refusal or SwapError(
@@ -169,7 +180,7 @@ class Swapper:
 
     def apply(self, request: ApplyVersion) -> None:
         """Make the staged version the incumbent. Raises: SwapError where a rank has it not staged."""
-        self.check_staged(request.version)
+        self._check_staged(request.version)
         assert self._staged is not None
         began_s = time.perf_counter()
         staged = self._staged

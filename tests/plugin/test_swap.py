@@ -1,12 +1,14 @@
 """What may become the draft's weights: exactly the file that was judged, exactly the names in service."""
 
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from onlinespec.draft.header import digest
-from onlinespec.errors import SwapError
+from onlinespec.errors import NotYetError, SwapError
+from onlinespec.plugin import swap
 from onlinespec.plugin.swap import ApplyVersion, StageVersion, Swapper, read_version
 from tests.plugin.late import LateDevice
 from tests.plugin.toy_draft import FUSED, SHAPES, WEIGHTS, build_swapper, drafting, stage
@@ -118,6 +120,7 @@ def test_going_back_to_the_predecessor_reads_nothing(publish, swapper: Swapper):
     swapper.apply(ApplyVersion(7))
 
     swapper.begin_stage(first)
+    swapper.wait_staged()
     swapper.apply(ApplyVersion(1))
 
     assert torch.equal(drafting(swapper), torch.full((3, 3), 7.0))
@@ -156,8 +159,9 @@ def test_a_file_that_is_refused_leaves_the_predecessor_resident(publish, swapper
     swapper.apply(ApplyVersion(7))
     path = publish(norm__weight=None)
 
+    stage(swapper, 8, path)
     with pytest.raises(SwapError, match="lacks the tensor"):
-        stage(swapper, 8, path)
+        swapper.expect_staged(8)
 
     assert {slot.holds.version for slot in swapper.weights.slots} == {1, 7}
 
@@ -187,7 +191,7 @@ def test_a_version_is_resident_on_the_device_where_the_reserve_allows_and_in_pin
 )
 def test_another_shape_or_vocabulary_map_is_refused_before_anything_is_staged(publish, swapper: Swapper, changes, said):
     path = publish(**changes)
-    swapper.begin_stage(StageVersion(7, path, digest(path)))
+    stage(swapper, 7, path)
 
     with pytest.raises(SwapError, match=f"{said}; nothing was swapped"):
         swapper.apply(ApplyVersion(7))
@@ -197,7 +201,7 @@ def test_another_shape_or_vocabulary_map_is_refused_before_anything_is_staged(pu
 
 def test_a_version_on_trial_drafts_while_the_incumbent_stays_the_incumbent(publish, swapper: Swapper):
     stage(swapper, 7, publish())
-    swapper.check_staged(7)
+    swapper.expect_staged(7)
 
     swapper.put(7)
     drafted, state = drafting(swapper).clone(), (swapper.version, swapper.incumbent, swapper.num_swaps)
@@ -229,15 +233,32 @@ def test_a_rank_that_could_not_stage_keeps_all_of_them_from_swapping(publish, sw
 
 
 def test_a_rank_whose_staging_failed_says_so_to_the_others_before_it_raises_its_own_error(publish, swapper: Swapper):
-    path = publish(norm__weight=None)
     heard: list[bool] = []
-    swapper._agree = lambda is_ready: heard.append(is_ready)
-    swapper.begin_stage(StageVersion(7, path, digest(path)))
+    swapper._agree = lambda is_so: heard.append(is_so) or is_so
+    stage(swapper, 7, publish(norm__weight=None))
 
     with pytest.raises(SwapError, match=r"lacks the tensor norm\.weight"):
-        swapper.apply(ApplyVersion(7))
+        swapper.expect_staged(7)
 
-    assert heard == [False]
+    assert heard == [True, False], "done with it, and not well"
+
+
+def test_no_schedulers_thread_waits_for_a_rank_that_still_stages(publish, swapper: Swapper, monkeypatch):
+    heard, may_go_on, read = [], threading.Event(), swap.read_version
+    monkeypatch.setattr(swap, "read_version", lambda *of: (may_go_on.wait(), read(*of))[1])
+    swapper._agree = lambda is_so: heard.append(is_so) or is_so
+    path = publish()
+    swapper.begin_stage(StageVersion(7, path, digest(path)))
+
+    with pytest.raises(NotYetError, match="version 7 is still being staged"):
+        swapper.expect_staged(7)
+    with pytest.raises(SwapError, match="version 7 is not staged; nothing was swapped"):
+        swapper.apply(ApplyVersion(7))
+    may_go_on.set()
+    swapper.wait_staged()
+    swapper.expect_staged(7)
+
+    assert heard == [False, False, True, True]
 
 
 def test_a_payload_that_names_the_targets_table_finds_no_way_to_it(swapper: Swapper):
