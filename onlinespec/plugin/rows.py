@@ -34,13 +34,16 @@ class RowCopier:
         self._teacher_top_k = teacher_top_k
         self._is_float8 = is_float8
 
-    def take(self, aux_NA: torch.Tensor, logits_MV: torch.Tensor) -> "PassRows | None":
+    def take(
+        self, aux_NA: torch.Tensor, logits_MV: torch.Tensor, accept_lens_B: torch.Tensor | None = None
+    ) -> "PassRows | None":
         """On the stream of the pass, before anything overwrites what it made. None where the ring is full.
 
-        Shapes: aux_NA [N, A*D], logits_MV [M, V].
+        accept_lens: of a verify step; the rejected rows' teacher is not defined.
+        Shapes: aux_NA [N, A*D], logits_MV [M, V], accept_lens_B [B] on the device.
         """
         aux, *scales = pack_rows(aux_NA) if self._is_float8 else (aux_NA.clone(),)
-        ours = [aux, *teacher_of(logits_MV, self._teacher_top_k).tensors, *scales]
+        ours = [aux, *teacher_of(logits_MV, self._teacher_top_k, accept_lens_B).tensors, *scales]
         slot = self._ring.take(ours)
         if slot is None:
             return None

@@ -103,7 +103,8 @@ class Runtime:
         if not self._launch.capture_refused:
             ring = Ring(device.pinned((capture.ring_bytes,), torch.uint8))
             logits_1V = torch.zeros(1, int(scheduler.model_config.vocab_size), device=place)
-            teacher_of(logits_1V, capture.teacher_top_k)  # compiles a GPU's kernel now, not under the first request
+            for lens_1 in (None, torch.ones(1, dtype=torch.int32, device=place)):
+                teacher_of(logits_1V, capture.teacher_top_k, lens_1)  # compiles a GPU's kernels before any request
             self._tap = Tap(
                 self._sender,
                 RequestBook(self._is_greedy()),

@@ -119,13 +119,13 @@ class Tap:
 
     def after_verify(self, result: Any) -> None:
         if self._layout is not None and self._layout.drafted_by is not None:
-            self._take(result.logits_output)
+            self._take(result.logits_output, result.accept_lens)
 
-    def _take(self, output: Any) -> None:
+    def _take(self, output: Any, accept_lens_B: torch.Tensor | None = None) -> None:
         """The first in a pass is the target's."""
         assert self._layout is not None
         if not self._is_taken and self._layout.is_wanted:
-            self._rows = self._copier.take(output.hidden_states, output.next_token_logits)
+            self._rows = self._copier.take(output.hidden_states, output.next_token_logits, accept_lens_B)
         self._is_taken = True
 
     def after(self, result: Any, layout: Layout) -> None:

@@ -1,4 +1,4 @@
-"""Orders from the control thread to the scheduler's: carried out once, given up in time, asked again where it takes long."""
+"""Orders to the scheduler: carried out once, given up in time, asked again where it takes a rank long."""
 
 import threading
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from onlinespec.plugin import rows
 from onlinespec.plugin.fuse import Fuse
 from onlinespec.plugin.requests import RequestBook
 from onlinespec.plugin.ring import Ring
@@ -17,6 +18,8 @@ from tests.plugin.late import LateDevice, garble
 from tests.plugin.test_requests import Commit, Params, Reason, Req
 
 WIDTH, HIDDEN, VOCABULARY, TOP_K = 3, 6, 20, 4
+ACCEPT_LENS = object()
+"""of a verify step, where they are on the device: not for this thread to read"""
 
 
 class Carrier:
@@ -79,7 +82,7 @@ class Server:
         layout = self.fuse.run(self.tap.before, batch)
         rows = (sum(lens), len(reqs)) if is_prefill else (WIDTH * len(reqs),) * 2
         output, aux_NA, logits_MV = self._output(*rows)
-        result = SimpleNamespace(logits_output=output, speculative_num_draft_tokens=WIDTH)
+        result = SimpleNamespace(logits_output=output, speculative_num_draft_tokens=WIDTH, accept_lens=ACCEPT_LENS)
         self.tap.before_sampler(output)
         if not is_prefill:
             self.tap.after_verify(result)
@@ -197,6 +200,17 @@ def test_room_comes_back_when_rows_were_sent_or_their_commit_never_came():
     assert len(server.sender.send()) == 1
     assert server.sender.counters["ring_full"] == 0
     assert len(still_held) == 2
+
+
+def test_the_teacher_of_a_verify_step_is_told_which_rows_were_accepted_and_that_of_a_prefill_takes_all(monkeypatch):
+    told, teacher_of = [], rows.teacher_of
+    monkeypatch.setattr(rows, "teacher_of", lambda *of: (told.append(of[2]), teacher_of(*of))[1])
+    server, reqs = Server(), [Req([1, 2])]
+
+    server.launch(reqs, is_prefill=True)
+    server.launch(reqs)
+
+    assert told == [None, ACCEPT_LENS]
 
 
 def test_a_pass_of_requests_that_are_not_captured_costs_the_device_nothing():

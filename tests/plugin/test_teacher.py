@@ -10,6 +10,20 @@ import torch
 
 from onlinespec.plugin.teacher import plain, teacher_of
 
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from onlinespec.plugin.teacher import _top_k_of_chunks
+pointers = dict(logits_ptr="*fp32", values_ptr="*fp32", ids_ptr="*i32", lse_ptr="*fp32")
+numbers = dict.fromkeys(("row_stride", "num_tokens", "span", "width"), "i32")
+compiled = dict.fromkeys(("HAS_LENS", "K", "CHUNK"), "constexpr")
+for has_lens, lens in ((True, "*i32"), (False, "constexpr")):
+    constants = dict(HAS_LENS=has_lens, K=16, CHUNK=4096, **({} if has_lens else {"accept_lens_ptr": None}))
+    signature = {**pointers, "accept_lens_ptr": lens, **numbers, **compiled}
+    made = compile(ASTSource(_top_k_of_chunks, signature, constants), target=GPUTarget("cuda", 90, 32))
+    assert made.asm["cubin"]
+"""
+
 KERNEL = """
 import torch
 from onlinespec.plugin import teacher
@@ -25,6 +39,15 @@ for rows, tokens, k, dtype in cases:
     assert found.ids_Mk.dtype == torch.int32
     assert torch.equal(logits.float().gather(1, found.ids_Mk.long()), found.logits_Mk)
     assert all(len(set(ids)) == k and max(ids) < tokens for ids in found.ids_Mk.tolist())
+logits, lens = torch.randn(6, 9001), torch.tensor([1, 3], dtype=torch.int32)
+logits[[1, 2]] = float("nan")
+torch.empty = torch.zeros
+found, wanted = teacher.fused(logits, 4, lens), teacher.plain(logits, 4)
+kept, rejected = [0, 3, 4, 5], [1, 2]
+assert torch.equal(found.logits_Mk[kept], wanted.logits_Mk[kept])
+assert torch.equal(logits.gather(1, found.ids_Mk.long())[kept], found.logits_Mk[kept])
+assert torch.allclose(found.lse_M[kept], wanted.lse_M[kept], atol=1e-5)
+assert not found.logits_Mk[rejected].any() and not found.ids_Mk[rejected].any(), "rejected rows were read"
 strided = torch.randn(4, 9000)[::2]
 assert torch.equal(teacher.fused(strided, 4).logits_Mk, teacher.plain(strided, 4).logits_Mk)
 assert teacher.fused(torch.full((1, 9000), float("-inf")), 4).lse_M.item() == float("-inf")
@@ -59,12 +82,23 @@ def test_the_kernel_says_the_same_in_tritons_interpreter():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_kernel_compiles_for_a_gpu_that_is_not_here(tmp_path):
+    """The interpreter runs what the compiler refuses; this is the compiler, to machine code of sm_90."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU: the compiled kernel")
 def test_the_kernel_says_the_same_on_a_gpu():
     logits_MV = torch.randn(64, 128256, device="cuda", generator=torch.Generator("cuda").manual_seed(2))
 
-    found, wanted = teacher_of(logits_MV, 16), plain(logits_MV, 16)
+    lens_B = torch.full((16,), 4, dtype=torch.int32, device="cuda")
 
-    assert torch.equal(found.logits_Mk, wanted.logits_Mk)
-    assert torch.equal(logits_MV.gather(1, found.ids_Mk.long()), found.logits_Mk)
-    assert torch.allclose(found.lse_M, wanted.lse_M, atol=1e-4)
+    for lens in (None, lens_B):
+        found, wanted = teacher_of(logits_MV, 16, lens), plain(logits_MV, 16)
+        assert torch.equal(found.logits_Mk, wanted.logits_Mk)
+        assert torch.equal(logits_MV.gather(1, found.ids_Mk.long()), found.logits_Mk)
+        assert torch.allclose(found.lse_M, wanted.lse_M, atol=1e-4)
