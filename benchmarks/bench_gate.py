@@ -27,7 +27,7 @@ from onlinespec.gate.race import Race, is_futile
 from onlinespec.gate.slices import slice_labels
 from onlinespec.gate.verdict import Walked
 
-DIFFERENCES = Path(__file__).parent / "results" / "2026-11-21-gate-differences.json"
+DIFFERENCES = Path(__file__).parent / "results" / "gate-differences.json"
 TESTS = ("betting", "bernstein")
 PARTS = ("false_promotions", "lives", "power", "slices", "replayed")
 NUM_RACES = 10_000

@@ -21,10 +21,22 @@ def told(interval: Interval | None) -> str:
     return DASH if interval is None else str(interval)
 
 
+def spread(found: Sequence[float] | None, digits: int) -> str:
+    """Of (middle, low, high); low is None where nothing was told of it."""
+    if found is None:
+        return DASH
+    middle, low, high = found
+    if low is None or low == middle == high:
+        return f"{middle:,.{digits}f}"
+    return f"{middle:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
+
+
 def made_by(result: dict[str, Any]) -> str:
-    commits = sorted({row["commit"] for row in result["rows"] if "commit" in row})
-    at = f", rows of commit {' and '.join(commits)}" if commits else f", commit {result['provenance']['commit']}"
-    return f"`{result['provenance']['command']}` ({result['provenance']['time']}{at})"
+    """The command, when, and of which commits; a file without a part for its provenance has it among the rest."""
+    provenance = result.get("provenance", result)
+    commits = sorted({row["commit"] for row in result.get("rows", []) if "commit" in row})
+    at = f", rows of commit {' and '.join(commits)}" if commits else f", commit {provenance.get('commit')}"
+    return f"`{provenance['command']}` ({provenance.get('time')}{at})"
 
 
 def stream_part(result: dict[str, Any]) -> str:

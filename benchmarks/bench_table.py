@@ -1,11 +1,11 @@
-"""Tables of `benchmarks/RESULTS.md` and `README.md` from the JSON that `onlinespec bench` wrote.
+"""Every table of `benchmarks/RESULTS.md` and `README.md` from the JSON in `benchmarks/results`.
 
     python benchmarks/bench_table.py            # writes both between their marker lines
     python benchmarks/bench_table.py --check    # changes nothing; status 1 where a document is not in step
 
-Every `benchmarks/results/*.json` that a bench of ours wrote is read, in order of name. RESULTS.md gets a part per file
-with the command that made it; README.md the newest live stream by arm, the newest overhead in a sentence, and all
-acceptance runs in a table.
+A script's JSON has a section of its own in RESULTS.md, named as the file is (`SECTIONS`). What `onlinespec bench`
+wrote says its kind itself: RESULTS.md gets a part per file, in order of name; README.md the newest live stream by arm,
+the newest overhead in a sentence, and all acceptance runs in a table.
 """
 
 import json
@@ -15,7 +15,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bench_parts import (  # found by the line above
+import tables_gate  # found by the line above
+import tables_gpu
+import tables_learning
+import tables_server
+from bench_parts import (
     DASH,
     markdown,
     overhead_part,
@@ -29,7 +33,22 @@ from onlinespec.bench.result import Result, read_result
 from onlinespec.bench.summary import Summary
 
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+BENCH = "bench"
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "demo": tables_server.demo,
+    "gate": tables_gate.gate,
+    "guard": tables_gate.guard,
+    "battery": tables_gate.battery,
+    "learning": tables_learning.learning,
+    "bfloat16": tables_learning.bfloat16,
+    "loss-change": tables_learning.loss_change,
+    "trainer-step": tables_learning.trainer_step,
+    "kv-modes": tables_learning.kv_modes,
+    "drift": tables_learning.drift,
+    "shadow-fidelity": tables_server.fidelity,
+    "swap": tables_server.swap,
+}
+"""Name of a section of RESULTS.md and of the file it is made from -> the text of the file's content."""
 LIVE, REPLAY, OVERHEAD, ACCEPT = "bench stream, live", "bench stream, replay", "bench overhead", "bench accept"
 OTHER_PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     LIVE: stream_part,
@@ -146,28 +165,40 @@ def _number(value: float | None, spec: str, scale: float = 1) -> str:
     return DASH if value is None else format(value * scale, spec)
 
 
-PARTS: dict[str, Callable[[Found], str]] = {
-    "benchmarks/RESULTS.md": results_part,
-    "README.md": readme_part,
-}
+def parts_of(root: Path) -> dict[str, dict[str, str]]:
+    """Document -> section -> what stands in it."""
+    found, folder = results(root), root / "benchmarks" / "results"
+    sections = {
+        name: make(json.loads((folder / f"{name}.json").read_bytes()))
+        for name, make in SECTIONS.items()
+        if (folder / f"{name}.json").exists()
+    }
+    sections |= {"gpu": tables_gpu.gpu(folder), BENCH: results_part(found)}
+    return {"benchmarks/RESULTS.md": sections, "README.md": {BENCH: readme_part(found)}}
 
 
-def in_step(text: str, name: str, part: str) -> str:
-    """The document with `part` between its marker lines. Raises: ValueError where it has not one pair of them."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{name}: wanted one line {BEGIN} and one {END} behind it; put them where the table goes")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    return f"{before}{BEGIN}\n{part}\n{END}{after}"
+def in_step(text: str, document: str, section: str, part: str) -> str:
+    """The document with `part` between the section's marker lines.
+
+    Raises: ValueError where it has not one pair of them.
+    """
+    begin, end = f"<!-- {section}:begin -->", f"<!-- {section}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{document}: wanted one line {begin} and one {end} behind it; put them where the table goes")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    return f"{before}{begin}\n{part}\n{end}{after}"
 
 
 def main(words: Sequence[str], root: Path = ROOT) -> int:
     """Exit status."""
     if list(words) not in ([], ["--check"]):
         raise SystemExit("usage: python benchmarks/bench_table.py [--check]")
-    found, late = results(root), []
-    for name, make in PARTS.items():
+    late = []
+    for name, parts in parts_of(root).items():
         path = root / name
-        wanted = in_step(path.read_text(), name, make(found))
+        wanted = path.read_text()
+        for section, part in parts.items():
+            wanted = in_step(wanted, name, section, part)
         if wanted != path.read_text():
             late.append(name)
             if not words:

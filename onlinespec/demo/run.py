@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from rich.live import Live
 
 import onlinespec
 from onlinespec.bench.client import Sampling
+from onlinespec.bench.provenance import provenance
 from onlinespec.bench.stream_serve import free_port
 from onlinespec.demo.plot import plot
 from onlinespec.demo.result import Result, build_result, checks
@@ -134,12 +134,8 @@ async def _play(
         holdout_frac=config.gate.holdout_frac,
         candidate_steps=config.gate.candidate_steps,
     )
-    provenance = {
-        "onlinespec": onlinespec.__version__,
-        "command": " ".join(["onlinespec", *sys.argv[1:]]),
-        "cores": os.cpu_count(),
-    }
-    paths.demo_result.write_text(json.dumps({**provenance, **msgspec.to_builtins(result)}, indent=2) + "\n")
+    report = {"provenance": msgspec.to_builtins(provenance("", None)), **msgspec.to_builtins(result)}
+    paths.demo_result.write_text(json.dumps(report, indent=2) + "\n")
     plot(traffic.records, events, 4, paths.demo_plot)
     return result
 

@@ -1,6 +1,7 @@
 """The documents' tables from the JSON: what is written between the markers, and when it is out of step."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -13,18 +14,27 @@ SPEC = importlib.util.spec_from_file_location("bench_table", SCRIPT)
 bench_table = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(bench_table)
 
-DOCUMENT = f"# Title\n\n{bench_table.BEGIN}\nold\n{bench_table.END}\nbehind\n"
+SECTION = "<!-- {0}:begin -->\nold\n<!-- {0}:end -->\n"
+README = f"# Title\n\n{SECTION.format('bench')}behind\n"
+RESULTS = f"# Title\n\n{SECTION.format('bench')}{SECTION.format('gpu')}{SECTION.format('bfloat16')}behind\n"
+LEARNED = {
+    "command": "python benchmarks/bench_learning.py",
+    "time": "2026",
+    "rows": [{"arm": "ours", "seed": 3, "commit": "abc", "curves": [[[0, 1.0], [900, 1.63]], [[0, 1.0], [901, 1.84]]]}],
+}
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A checkout with both documents, one result, and the JSON of something else."""
+    """A checkout with both documents, one result of a bench, one of a script, and the JSON of something else."""
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)
     (results / "other.json").write_text('{"rows": []}')
     (results / "list.json").write_text("[]")
-    for name in ("README.md", "benchmarks/RESULTS.md"):
-        (tmp_path / name).write_text(DOCUMENT)
+    (results / "bfloat16.json").write_text(json.dumps(LEARNED))
+    (results / "2026-12-01-gpu-rows.json").write_text("{}")
+    (tmp_path / "README.md").write_text(README)
+    (tmp_path / "benchmarks" / "RESULTS.md").write_text(RESULTS)
     settings = Settings(
         base_url="u",
         model="m",
@@ -61,19 +71,47 @@ def test_both_documents_get_their_rows_between_the_markers_and_keep_the_rest(roo
     assert "Server: version 0.5.23." in results
     for text in (readme, results):
         assert text.startswith("# Title\n\n<!-- bench:begin -->\n")
-        assert text.endswith("\n<!-- bench:end -->\nbehind\n")
+        assert text.endswith(" -->\nbehind\n")
         assert "old" not in text
+
+
+def test_a_scripts_json_fills_the_section_of_its_name_and_names_its_command_and_commits(root: Path):
+    bench_table.main([], root)
+
+    results = (root / "benchmarks/RESULTS.md").read_text()
+    assert (
+        "<!-- bfloat16:begin -->\n`python benchmarks/bench_learning.py` (2026, rows of commit abc)\n\n"
+        "| arm | seed | code | support |\n| --- | --- | --- | --- |\n"
+        "| ours | 3 | 1.63 | 1.84 |\n<!-- bfloat16:end -->\n"
+    ) in results
+
+
+def test_a_gpu_check_without_a_result_reads_not_measured_and_one_with_it_names_the_file(root: Path):
+    bench_table.main([], root)
+
+    rows = {line.split(" | ")[0]: line for line in (root / "benchmarks/RESULTS.md").read_text().splitlines()}
+    assert rows["| `rows`"].endswith("| `results/2026-12-01-gpu-rows.json` |")
+    assert rows["| `tap`"].endswith("| not measured on a GPU |")
+
+
+def test_every_section_has_its_file_here_and_every_file_its_section_or_kind():
+    files = {path.stem for path in (bench_table.ROOT / "benchmarks" / "results").glob("*.json")}
+    benches = {Path(name).stem for name in bench_table.results(bench_table.ROOT)}
+
+    assert set(bench_table.SECTIONS) <= files
+    others = files - set(bench_table.SECTIONS) - benches
+    assert {name for name in others if "-gpu-" not in name} == {"gate-differences"}
 
 
 def test_check_changes_nothing_and_tells_which_document_is_late(root: Path, capsys):
     bench_table.main([], root)
-    (root / "README.md").write_text(DOCUMENT)
+    (root / "README.md").write_text(README)
 
     status = bench_table.main(["--check"], root)
 
     assert status == 1
     assert capsys.readouterr().out.endswith("README.md: is not in step; run python benchmarks/bench_table.py\n")
-    assert (root / "README.md").read_text() == DOCUMENT
+    assert (root / "README.md").read_text() == README
 
 
 def test_documents_in_step_pass_and_writing_again_changes_nothing(root: Path):
@@ -85,7 +123,7 @@ def test_documents_in_step_pass_and_writing_again_changes_nothing(root: Path):
     assert (root / "README.md").read_bytes() == before
 
 
-@pytest.mark.parametrize("text", ["none", DOCUMENT + DOCUMENT, f"{bench_table.END}\n{bench_table.BEGIN}\n"])
+@pytest.mark.parametrize("text", ["none", README + README, "<!-- bench:end -->\n<!-- bench:begin -->\n"])
 def test_a_document_without_one_pair_of_markers_is_refused_by_name(root: Path, text: str):
     (root / "README.md").write_text(text)
 
