@@ -151,7 +151,9 @@ def _model(target: str) -> Path:
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def overhead(
     context: typer.Context,
-    json: Annotated[Path, typer.Option(help="Where the result goes, a plot beside it; must not be there yet.")],
+    json: Annotated[
+        Path, typer.Option(help="Where the result goes, a plot beside it; one begun there is gone on with.")
+    ],
     run_dir: Annotated[
         Path | None, typer.Option("--run-dir", help="Of a running `onlinespec serve`; left out, one is started.")
     ] = None,

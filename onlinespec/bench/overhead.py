@@ -13,6 +13,7 @@ import itertools
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,15 +123,17 @@ class Load:
             self.failure = error
 
 
-def block_order(num_pairs: int) -> Iterator[tuple[int, State]]:
+def block_order(pairs: Iterable[int]) -> Iterator[tuple[int, State]]:
     """(pair, state) of every block: each pair has the states in the opposite order of the one before it."""
-    for pair in range(num_pairs):
+    for pair in pairs:
         yield from ((pair, state) for state in (STATES if pair % 2 == 0 else STATES[::-1]))
 
 
-def run_blocks(toggle: Toggle, load: Load, num_pairs: int, block_s: float, on_block: Callable[[Block], None]) -> None:
+def run_blocks(
+    toggle: Toggle, load: Load, pairs: Iterable[int], block_s: float, on_block: Callable[[Block], None]
+) -> None:
     """Toggle and count; what was measured so far is with `on_block`. Raises: BenchError, WireError: the server died."""
-    for pair, state in block_order(num_pairs):
+    for pair, state in block_order(pairs):
         toggle.set(state)
         time.sleep(SETTLE_S)
         before, steps, began_s = toggle.status().counters, toggle.trainer_steps(), time.monotonic()
@@ -192,6 +195,12 @@ def measured(blocks: Sequence[Block], answers: Sequence[Answer]) -> list[Block]:
         found = {"tokens_per_s": tokens / (block.ended_s - block.began_s), "num_gaps": len(own)}
         result.append(msgspec.structs.replace(block, **found, gap_p99_s=percentile(own, 99)))
     return result
+
+
+def whole_pairs(blocks: Sequence[Block]) -> list[Block]:
+    """Those of pairs that have a block of every state."""
+    counts = Counter(block.pair for block in blocks)
+    return [block for block in blocks if counts[block.pair] == len(STATES)]
 
 
 def chunks_of(answer: Answer) -> list[tuple[float, float]]:

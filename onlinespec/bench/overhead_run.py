@@ -27,9 +27,11 @@ from onlinespec.bench.overhead import (
     summarise_overhead,
     swap_gaps,
     warm_up,
+    whole_pairs,
 )
 from onlinespec.bench.overhead_gaps import Window
 from onlinespec.bench.overhead_toggle import STATES, Toggle, toggling
+from onlinespec.bench.provenance import commit
 from onlinespec.bench.stream_results import Results
 from onlinespec.bench.stream_serve import free_port, our_command, serving
 from onlinespec.bench.suites import load_suite
@@ -63,12 +65,11 @@ class OverheadPlan:
 
 
 def run_overhead(plan: OverheadPlan, console: Console) -> bool:
-    """Measure, write, show; False where Ctrl-C or the server's death ended it early, what was measured being kept.
+    """Measure what the file does not hold yet, write, show; False where Ctrl-C or the server's death ended it early.
 
+    What was measured is kept; the next run adds pairs of its own, since blocks of two runs do not pair.
     Raises: StartError where the server does not start; BenchError where it cannot be measured.
     """
-    if plan.out.exists():
-        raise BenchError(f"{plan.out} is there already; blocks of two runs do not pair, so give another --json")
     settings = {
         "suite": plan.suite,
         "num_users": plan.num_users,
@@ -80,6 +81,9 @@ def run_overhead(plan: OverheadPlan, console: Console) -> bool:
         "flags": list(plan.flags),
     }
     results = Results(plan.out, KIND, settings)
+    if results.more.get("is_whole"):
+        console.print(f"{plan.out} is whole")
+        return True
     with _server(plan, console) as run_dir, toggling(run_dir) as toggle:
         return _measure(plan, toggle, read_launch(run_dir).base_url, results, console)
 
@@ -102,20 +106,22 @@ def _server(plan: OverheadPlan, console: Console) -> Iterator[Path]:
 def _measure(plan: OverheadPlan, toggle: Toggle, base_url: str, results: Results, console: Console) -> bool:
     prompts = itertools.cycle(load_suite(plan.suite, _NUM_PROMPTS, 1))
     load = Load(base_url, prompts, Sampling(max_tokens=plan.max_tokens), plan.num_users)
+    before = whole_pairs(msgspec.convert(results.rows, list[Block]))
+    pairs = range(len(before) // len(STATES), plan.num_pairs)
     blocks: list[Block] = []
     swaps: tuple[list[Window], Window] | None = None
     has_ended = False
     load.start()
     try:
         with Progress(console=console) as bar:
-            task = bar.add_task("blocks", total=len(STATES) * plan.num_pairs)
+            task = bar.add_task("blocks", total=len(STATES) * plan.num_pairs, completed=len(before))
 
             def on_block(block: Block) -> None:
                 blocks.append(block)
                 bar.advance(task)
 
             warm_up(toggle, load)
-            run_blocks(toggle, load, plan.num_pairs, plan.block_s, on_block)
+            run_blocks(toggle, load, pairs, plan.block_s, on_block)
             bar.update(task, description="swaps")
             swaps = run_swaps(toggle, load, plan.num_swaps) if plan.num_swaps >= 2 else None
         has_ended = True
@@ -124,12 +130,13 @@ def _measure(plan: OverheadPlan, toggle: Toggle, base_url: str, results: Results
     except (BenchError, WireError) as error:
         console.print(f"ended early: {error}; what was measured is kept")
     answers = load.stop()
-    for block in measured(blocks, answers):
-        results.rows.append(msgspec.to_builtins(block))
-    found = summarise_overhead(measured(blocks, answers), swap_gaps(answers, *swaps) if swaps else None)
+    made = {"commit": commit()}
+    new = whole_pairs(measured(blocks, answers))
+    results.rows = results.rows[: len(before)] + [msgspec.to_builtins(block) | made for block in new]
+    found = summarise_overhead([*before, *new], swap_gaps(answers, *swaps) if swaps else None)
     results.write({"is_whole": has_ended, "summary": msgspec.to_builtins(found)})
     console.print(table(found))
-    plot(measured(blocks, answers), plan.out.with_suffix(".png"))
+    plot([*before, *new], plan.out.with_suffix(".png"))
     console.print(f"written to {plan.out} and {plan.out.with_suffix('.png')}")
     return has_ended
 

@@ -23,6 +23,8 @@ class Results:
         """Raises: BenchError where the file is of another bench or of other settings, naming the first."""
         self.path = path
         self.rows: list[Row] = []
+        self.more: dict[str, Any] = {}
+        """what was last written beside the rows"""
         self._kind = kind
         self._settings: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(settings))
         if path.exists():
@@ -42,7 +44,8 @@ class Results:
                     f"{self.path}: was made with {name} {_short(there)}, wanted {_short(wanted)}; give another --json, "
                     "or the settings it began with"
                 )
-        self.rows = found["rows"]
+        self.rows = found.pop("rows")
+        self.more = {name: value for name, value in found.items() if name not in ("kind", "provenance", "settings")}
 
     def find(self, **key: object) -> Row | None:
         """The row with these values."""

@@ -1,6 +1,8 @@
 """The blocks of `bench overhead` and what they come to; the switch, on a process that stands in for a sidecar."""
 
+import contextlib
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -11,11 +13,13 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from rich.console import Console
 
+from onlinespec.bench import overhead_run
 from onlinespec.bench.client import Answer, Prompt, Sampling
 from onlinespec.bench.overhead import Block, Load, block_order, measured, summarise_overhead, swap_gaps, warm_up
 from onlinespec.bench.overhead_gaps import compare, gaps_of
-from onlinespec.bench.overhead_run import plot, table
+from onlinespec.bench.overhead_run import OverheadPlan, plot, table
 from onlinespec.bench.overhead_toggle import STATES, Toggle, find_sidecar, toggling
 from onlinespec.errors import BenchError
 from onlinespec.launch import read_launch, write_launch
@@ -36,7 +40,7 @@ def block(state: str, pair: int, speed: float = 100.0, gap_s: float = 0.1, **cha
 
 
 def test_every_state_comes_as_often_before_each_other_as_after_it():
-    order = list(block_order(4))
+    order = list(block_order(range(4)))
 
     assert [state for _, state in order[:6]] == ["off", "tap", "training", "training", "tap", "off"]
     for first, second in itertools.combinations(STATES, 2):
@@ -105,6 +109,46 @@ def test_what_was_measured_is_shown_and_drawn(tmp_path: Path):
 
     assert table(summarise_overhead(blocks, swaps)).row_count == 4
     assert (tmp_path / "p.png").stat().st_size > 0
+
+
+class SteadyLoad:
+    """Two answers whose chunks fill the first hundred seconds."""
+
+    def __init__(self, *_args) -> None: ...
+
+    def start(self) -> None: ...
+
+    def stop(self) -> list[Answer]:
+        return [answer([number / 10 for number in range(1000)], 1000)] * 2
+
+
+def test_a_run_that_was_stopped_goes_on_behind_its_last_whole_pair(tmp_path: Path, monkeypatch):
+    asked: list[list[int]] = []
+
+    def play(_toggle, _load, pairs, _block_s, on_block) -> None:
+        asked.append(list(pairs))
+        for number, (pair, state) in enumerate(block_order(asked[-1])):
+            if len(asked) == 1 and number == 5:
+                raise KeyboardInterrupt
+            began_s = 8.0 * number
+            on_block(msgspec.structs.replace(block(state, pair), began_s=began_s, ended_s=began_s + 8.0))
+
+    monkeypatch.setattr(overhead_run, "_server", lambda *_: contextlib.nullcontext(tmp_path))
+    monkeypatch.setattr(overhead_run, "toggling", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(overhead_run, "Load", SteadyLoad)
+    monkeypatch.setattr(overhead_run, "warm_up", lambda *_: None)
+    monkeypatch.setattr(overhead_run, "run_blocks", play)
+    lay_out(tmp_path)
+    out, console = tmp_path / "o.json", Console(quiet=True)
+    plan = OverheadPlan(out, tmp_path, tmp_path, "init", "demo", 3, 8.0, 0, 4, 200)
+
+    ended = [overhead_run.run_overhead(plan, console) for _ in range(3)]
+
+    written = json.loads(out.read_text())
+    assert ended == [False, True, True]
+    assert asked == [[0, 1, 2], [1, 2]], "the third time nothing is left"
+    assert [row["pair"] for row in written["rows"]] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert (written["is_whole"], written["summary"]["ratios"][0]["tokens_per_s"]["num_values"]) == (True, 3)
 
 
 class CapturingServer(FakeServer):
