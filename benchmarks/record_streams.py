@@ -94,6 +94,7 @@ def main() -> None:
         for domain, seed in wanted:
             if (options.out / f"{domain}-{seed}").exists():
                 continue
+            server.flush()  # rows of a prefix that stands in the cache are not made again, and no one has them here
             is_held_out = seed == HELD_OUT_SEED
             samples = capture(server, domain, seed, 4_500 if is_held_out else options.tokens)
             write_stream(options.out, domain, seed, list(islice(samples, HELD_OUT_REQUESTS if is_held_out else None)))

@@ -35,8 +35,8 @@ class CaptureConfig(Section, frozen=True):
     queue_bytes: Positive = 512 * 2**20
     """bytes of rows that may wait in the server for the sidecar, a pass whole; beyond it they are dropped, counted"""
     ring_bytes: Positive = 256 * 2**20
-    """bytes of pinned memory for passes between device and sender; one that finds no room is dropped and counted (a
-    prefill of 8192 tokens of an 8B target is 200 MB in bfloat16, half of it in float8)"""
+    """bytes of pinned memory for passes between device and sender, two full prefill chunks where those are more; a pass
+    that finds no room is dropped and counted (8192 tokens of an 8B target are 200 MB in bfloat16, half in float8)"""
     row_dtype: Literal["auto", "float8"] = "auto"
     """hidden states as they leave the server: auto: as the target computes them; float8: e4m3 with one scale a row, for
     half the bytes of bfloat16 and a relative error of up to 1/16 a value"""

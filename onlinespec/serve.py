@@ -37,6 +37,11 @@ from onlinespec.wire.sockets import ControlClient, check_endpoint
 
 _POLL_S = 0.2
 _PR_SET_PDEATHSIG = 1
+NO_ROOM = (
+    "trainer.device is {device}: SGLang takes most of its GPU at start; if that is the trainer's too, give SGLang's"
+    " --mem-fraction-static so that room is left (0.7 of an 80 GB GPU for a draft of 0.4 B parameters)"
+)
+"""trainer, incumbent, parent and candidate in float32: some 32 bytes a parameter of the draft, and activations"""
 _BELOW_THE_SERVER = {"CUDA_MPS_CLIENT_PRIORITY": "1"}
 """on a GPU that both share under NVIDIA's multi-process service the sidecar gives way; otherwise it says nothing"""
 
@@ -92,6 +97,8 @@ def plan(model: str, draft: str, run_dir: Path, config: Config, sglang_flags: Se
         notices.append(f"serving without capture: {launch.capture_refused}")
     elif config.floor.enabled and launch.depth_refused:
         notices.append(f"serving at a fixed draft depth: {launch.depth_refused}")
+    if config.trainer.device != "cpu" and "--mem-fraction-static" not in flags.values:
+        notices.append(NO_ROOM.format(device=config.trainer.device))
     return Plan(config, paths, launch, _command(launch, flags, paths), _environment(paths, flags), notices)
 
 

@@ -267,9 +267,10 @@ class Sidecar:
         verdict = self.promoter.last_verdict
         if verdict is not None and verdict is not self._noted_verdict:
             self._noted_verdict = verdict
-            # A race given up for want of traffic, or for a newer candidate, says nothing.
-            is_full = verdict.num_requests >= self._config.gate.min_requests
-            if is_full and verdict is not self.promoter.cut_short:
+            # A race given up for want of traffic says nothing; nor does a gain that a newer candidate was let past.
+            gate = self._config.gate
+            has_gained = verdict.mean_gain_tokens > gate.min_gain_tokens and verdict is self.promoter.cut_short
+            if verdict.num_requests >= gate.min_requests and not has_gained:
                 self._pace.judged(verdict.decision == "promote")
         wanted = self._pace.capture_frac
         if wanted == self._capture_frac:
@@ -283,6 +284,7 @@ class Sidecar:
         result = self.learner.step(time.time()) if self._may_train() else None
         if result is None:
             return
+        self.trainer.wait()
         self._pace.stepped(time.monotonic() - started_s)
         self._last_loss = result.loss
         if self.trainer.num_steps - self._frozen_at_step < self._config.gate.candidate_steps:

@@ -275,6 +275,15 @@ def test_a_start_on_an_ancestor_of_a_damaged_draft_is_said_and_written_down(ask)
     assert "the file is damaged" in event.reason
 
 
+@pytest.mark.parametrize(("flags", "is_told"), [((), True), (("--mem-fraction-static", "0.7"), False)])
+def test_a_trainer_on_a_gpu_is_told_to_leave_itself_room(ask, monkeypatch, flags: tuple[str, ...], is_told: bool):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+    made = ask(*flags, config=Config(trainer=TrainerConfig(device="cuda")))
+
+    assert any("--mem-fraction-static" in notice for notice in made.notices) == is_told
+
+
 def test_settings_without_an_accept_walk_are_planned_without_capture_and_said(ask):
     made = ask("--speculative-eagle-topk", "4")
 

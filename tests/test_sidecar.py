@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,3 +98,22 @@ def test_what_has_trained_is_known_after_a_restart_on_another_version(paths, ser
 
     assert again.counters["resumes"] == 0
     assert [is_judge for _, is_judge, _ in told] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("gain", "is_cut_short", "num_requests", "num_refused"),
+    [(0.0, False, 20, 1), (0.3, False, 20, 1), (0.0, True, 20, 1), (0.3, True, 20, 0), (0.0, False, 2, 0)],
+)
+def test_a_race_that_made_room_is_a_refusal_only_where_it_showed_no_gain(
+    start, gain: float, is_cut_short: bool, num_requests: int, num_refused: int
+):
+    sidecar = start()
+    verdict = SimpleNamespace(decision="drop", num_requests=num_requests, mean_gain_tokens=gain)
+    sidecar._control = SimpleNamespace(acknowledged=lambda _: None)
+    sidecar.promoter.last_verdict = verdict
+    sidecar.promoter.cut_short = verdict if is_cut_short else None
+
+    sidecar._steer()
+    sidecar._steer()
+
+    assert sidecar._pace.saved() == {"num_refused": num_refused}

@@ -20,11 +20,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
 import torch
-from plan import CHECKS, PART_S, PREPARED, PYTHON, ROOM, Check, Words
+from plan import CHECKS, PART_S, PREPARED, PYTHON, SGLANG_FLAGS, Check, Words
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -49,6 +50,15 @@ def has_sglang() -> bool:
     return importlib.util.find_spec("sglang") is not None
 
 
+def has_counters() -> bool:
+    """Whether SGLang's OpenAI API tells the verify steps of a request, as 0.5.23 does and 0.5.17 does not."""
+    found = importlib.util.find_spec("sglang")
+    if found is None or found.origin is None:
+        return False
+    protocol = Path(found.origin).parent / "srt" / "entrypoints" / "openai" / "protocol.py"
+    return "return_spec_tokens_details" in protocol.read_text()
+
+
 def has_plugin() -> bool:
     return "onlinespec" in {point.name for point in importlib.metadata.entry_points(group="sglang.srt.plugins")}
 
@@ -60,6 +70,10 @@ def server_flags() -> Words:
     if kernels is None or kernels.origin is None or list(Path(kernels.origin).parent.glob("flash_ops*")):
         return ()
     return ("--attention-backend", "triton", "--sampling-backend", "pytorch")
+
+
+def has_python_header() -> bool:
+    return (Path(sysconfig.get_paths()["include"]) / "Python.h").exists()
 
 
 def has_room(out: Path) -> bool:
@@ -80,6 +94,8 @@ def lacking(out: Path) -> list[str]:
         found.append("sglang would not find onlinespec's plugin: pip install --no-deps -e ., or use the kit's folder")
     if shutil.which("nvcc") is None:
         found.append("no nvcc: kernels that SGLang compiles on first use cannot be")
+    if shutil.which(os.environ.get("CC", "gcc")) is None or not has_python_header():
+        found.append("no C compiler or no Python.h: triton builds a launcher of its own with them at run time")
     if not has_room(out):
         found.append(f"less than {SHAPES_GB} GiB of disk: what needs the 8B shapes is left out")
     return found
@@ -91,6 +107,8 @@ def cannot(check: Check, out: Path) -> str:
         return "no CUDA device"
     if check.has_server and not (has_sglang() and has_plugin()):
         return "no sglang that finds onlinespec's plugin"
+    if check.has_counters and not has_counters():
+        return "this SGLang's OpenAI API does not tell a request's verify steps"
     if "shapes" in check.needs and not has_room(out):
         return "too little disk for the 8B shapes"
     return ""
@@ -106,7 +124,7 @@ def unknown_options(command: Words) -> list[str]:
     """Options of a command of ours that its own help does not name."""
     words = list(itertools.takewhile(lambda word: not word.startswith(("--", "OUT")), command))
     said = help_of(tuple(words))
-    options = {word for word in command if word.startswith("--") and word not in ROOM}
+    options = {word for word in command if word.startswith("--") and word not in SGLANG_FLAGS}
     return [f"{' '.join(words[1:])} has no {option}" for option in sorted(options) if option not in said]
 
 

@@ -15,7 +15,8 @@ Words = tuple[str, ...]
 @dataclass(frozen=True)
 class Check:
     """goal: in words, for whoever reads the figures. parts: a command each. needs: of PREPARED. limit_s: of a part.
-    goes_on: a part played again adds to its JSON; else it begins anew."""
+    goes_on: a part played again adds to its JSON; else it begins anew. has_counters: rests on what SGLang's OpenAI API
+    tells of a request's verify steps."""
 
     name: str
     question: str
@@ -24,6 +25,7 @@ class Check:
     needs: Words = ()
     has_server: bool = True
     goes_on: bool = False
+    has_counters: bool = False
     limit_s: int = PART_S
 
 
@@ -45,7 +47,10 @@ ON_GPU = sets("trainer.device=cuda", "trainer.dtype=bfloat16")
 MIDDLE_LOOP = ("--config", "configs/demo.yaml", *ON_GPU)
 TRUE_SIZE = ("--target", "OUT/shapes", "--draft", "init:OUT/shapes/draft")
 ROOM = ("--mem-fraction-static", "0.7")
-"""SGLang's own flag: the trainer, some 13 GB by its parameters, and two resident drafts want a place on the same GPU"""
+"""the trainer, some 13 GB by its parameters, and two resident drafts want a place on the same GPU"""
+SEATS = ("--max-running-requests", "64")
+"""SGLang's default is 48 with a draft and more without one"""
+SGLANG_FLAGS = (ROOM[0], SEATS[0])
 # A row of this shape is 3 * 4096 * 2 = 24,576 bytes, 132 more with a teacher: 18.9 MB on the wire for an answer of 256
 # tokens to a prompt of 512. What is queued waits in the ring, where verify passes lie whole: 512 * 24,576 + 256 * 4 *
 # 24,708 = 37.9 MB at accept length 1. Of a sidecar that is busy, a ring of 16 GiB and a queue of 8 hold 116,000 output
@@ -54,7 +59,7 @@ ROWS_8B = sets("capture.ring_bytes=17179869184", "capture.queue_bytes=8589934592
 PAIRS = ("--suite", "OUT/shapes/prompts.jsonl", "--max-tokens", "256", "--pairs", "20", "--block-seconds", "4")
 # The trainer's state is some 6 GB here and is written in the sidecar's one loop: at the end, and not in between.
 OVERHEAD = (*TRUE_SIZE, *PAIRS, "--swaps", "0", *ROWS_8B, *ON_GPU, *sets("trainer.checkpoint_s=3600"))
-GPU_TESTS = ("tests/plugin/test_device.py", "tests/plugin/test_teacher.py")
+GPU_TESTS = ("tests/draft/test_flex.py", "tests/plugin/test_device.py", "tests/plugin/test_teacher.py")
 """`rows` does not reach the teacher's kernel, which wants a larger vocabulary than the world's"""
 REQUESTS = {"1": "300", "8": "1500", "32": "4000", "64": "8000"}
 """by users, of a phase: meant for about a minute each, which nothing has measured"""
@@ -105,6 +110,7 @@ CHECKS = (
         "every check of the demo: accept length rises, swaps, rollback",
         (onlinespec("demo", "--tokens", "100000", "--run-dir", "OUT/demo", *MIDDLE, *ON_GPU),),
         needs=("middle",),
+        has_counters=True,
     ),
     Check(
         "tap",
@@ -113,11 +119,12 @@ CHECKS = (
         tuple(
             onlinespec(
                 *("bench", "overhead", "--json", f"OUT/tap-{users}.json", "--concurrency", users),
-                *(*OVERHEAD, *sets("pace.duty_frac=0.1"), *ROOM),
+                *(*OVERHEAD, *sets("pace.duty_frac=0.1"), *ROOM, *SEATS),
             )
             for users in ("1", "8", "32", "64")
         ),
         needs=("shapes",),
+        goes_on=True,
     ),
     Check(
         "swap",
@@ -145,6 +152,7 @@ CHECKS = (
             for duty in ("0.1", "0.3", "0.6")
         ),
         needs=("shapes",),
+        goes_on=True,
     ),
     Check(
         "goodput",
@@ -153,12 +161,13 @@ CHECKS = (
         tuple(
             onlinespec(
                 *("bench", "stream", "--json", f"OUT/goodput-{users}.json", "--arms", "none;frozen;onlinespec"),
-                *("--concurrency", users, "--requests", requests, *FITTED, *MIDDLE_LOOP),
+                *("--concurrency", users, "--requests", requests, *FITTED, *MIDDLE_LOOP, *SEATS),
             )
             for users, requests in REQUESTS.items()
         ),
         needs=("middle", "first"),
         goes_on=True,
+        has_counters=True,
     ),
     Check(
         "profile",

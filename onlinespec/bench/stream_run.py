@@ -110,7 +110,10 @@ def _play_arm(
     name = ""
     try:
         with _server(plan, arm, console) as server:
-            _ask(plan, server, load_suite(plan.suites[0], _WARM_UP_REQUESTS, _WARM_UP_SEED), [])
+            first: list[Answer] = []
+            _ask(plan, server, load_suite(plan.suites[0], _WARM_UP_REQUESTS, _WARM_UP_SEED), first)
+            if arm.is_speculating and first and not any(answer.has_counters for answer in first):
+                raise BenchError("its server tells no verify steps; SGLang 0.5.23 does, 0.5.17 does not")
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             with Progress(*columns, console=console) as bar:
                 for name, prompts in phases:

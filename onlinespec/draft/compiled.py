@@ -2,7 +2,7 @@
 
 What is compiled for again is what torch guards on beside sizes: one row or many, how a step's rows lie in memory, the
 first layer or a later one, what is frozen by now. Past the bound torch warns once and runs the function as it is
-written, which gives the same, slower.
+written, which gives the same, slower (FlexAttention as written also has all its scores in memory).
 """
 
 from collections.abc import Callable

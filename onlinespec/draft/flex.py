@@ -16,6 +16,11 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_bloc
 from onlinespec.draft.compiled import compiled
 from onlinespec.draft.rows import Rows
 
+# With fewer than 128 query rows Inductor turns to its decoding kernel, whose tiles fit no number of rows between
+# 128 / (H / J) and 127: "no valid choices", and the process ends. Source: torch 2.13 _inductor/kernel/flex/
+# flex_decoding.py; a short answer alone is such a batch.
+_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
+
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
@@ -42,8 +47,13 @@ class ContextAttention:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Shapes: [N, H, d] out, and [N, H], logsumexp of the scores."""
         attend: Any = _compiled() if query_NHd.is_cuda else flex_attention
-        heads = (x.transpose(0, 1)[None] for x in (query_NHd, key_CJd, value_CJd))
-        out, aux = attend(*heads, block_mask=self._mask, enable_gqa=True, return_aux=AuxRequest(lse=True))
+        kind = query_NHd.device.type
+        # RoPE has widened them, and the kernel of float32 is several times slower.
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query_NHd.dtype
+        heads = (x.transpose(0, 1)[None].to(dtype) for x in (query_NHd, key_CJd, value_CJd))
+        out, aux = attend(
+            *heads, block_mask=self._mask, enable_gqa=True, return_aux=AuxRequest(lse=True), kernel_options=_OPTIONS
+        )
         return out[0].transpose(0, 1), aux.lse[0].T
 
 

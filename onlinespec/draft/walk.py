@@ -18,32 +18,31 @@ from onlinespec.draft.place import placed
 from onlinespec.draft.rows import build_rows, draft_positions
 from onlinespec.draft.sample import Sample, VerifySteps
 
+MAX_ROWS = 512
+"""of one unroll: its scores and logits, a long answer's over a long prompt, are what a walk takes of a GPU's memory"""
+
 
 @torch.no_grad()
 def matches_each(drafts: Sequence[Draft], sample: Sample, embed_VD: torch.Tensor, num_steps: int) -> list[torch.Tensor]:
-    """Whether each draft's tokens equal the emitted ones. The rows are built once for all drafts.
+    """Whether each draft's tokens equal the emitted ones. Rows are built once for all drafts, `MAX_ROWS` at a time.
 
     Row r is the verify step that starts at position num_prompt_tokens + r, up to the last token; column k is
     drafted token k + 1. False where the sample has ended or the row was not captured.
 
     Shapes: one bool [R, K] per draft, R the number of answer tokens.
     """
-    num_rows = sample.num_answer_tokens
-    positions_N = draft_positions(sample)
-    if positions_N.numel() == 0:
-        return [torch.zeros(num_rows, num_steps, dtype=torch.bool) for _ in drafts]
-    rows = build_rows([sample], [positions_N], embed_VD, num_steps)
-    emitted_NK = positions_N[:, None] + torch.arange(2, num_steps + 2)
-    is_emitted_NK = emitted_NK < sample.num_tokens
-    tokens_NK = sample.tokens_T[emitted_NK.clamp_max(sample.num_tokens - 1)]
-    results = []
-    for draft in drafts:
-        drafted_NK = draft.unroll(placed(rows, draft.device)).argmax(-1).T.cpu()
-        if draft.target_ids_W is not None:
-            drafted_NK = draft.target_ids_W[drafted_NK]
-        matches = torch.zeros(num_rows, num_steps, dtype=torch.bool)
-        matches[positions_N + 1 - sample.num_prompt_tokens] = (drafted_NK == tokens_NK) & is_emitted_NK
-        results.append(matches)
+    results = [torch.zeros(sample.num_answer_tokens, num_steps, dtype=torch.bool) for _ in drafts]
+    all_positions = draft_positions(sample)
+    for positions_N in all_positions.split(MAX_ROWS) if all_positions.numel() else ():
+        rows = build_rows([sample], [positions_N], embed_VD, num_steps)
+        emitted_NK = positions_N[:, None] + torch.arange(2, num_steps + 2)
+        is_emitted_NK = emitted_NK < sample.num_tokens
+        tokens_NK = sample.tokens_T[emitted_NK.clamp_max(sample.num_tokens - 1)]
+        for draft, found_RK in zip(drafts, results, strict=True):
+            drafted_NK = draft.unroll(placed(rows, draft.device)).argmax(-1).T.cpu()
+            if draft.target_ids_W is not None:
+                drafted_NK = draft.target_ids_W[drafted_NK]
+            found_RK[positions_N + 1 - sample.num_prompt_tokens] = (drafted_NK == tokens_NK) & is_emitted_NK
     return results
 
 

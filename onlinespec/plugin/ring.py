@@ -15,7 +15,12 @@ from dataclasses import dataclass
 
 import torch
 
+from onlinespec.config import CaptureConfig
+from onlinespec.plugin.device import Device
+
 _ALIGN = 256
+_BESIDE_ROWS_BYTES = 2**20
+"""teachers and scales of two chunks, each tensor aligned"""
 
 
 @dataclass
@@ -77,6 +82,14 @@ class Ring:
         if head + num_bytes <= size:
             return head
         return 0 if num_bytes <= tail else None
+
+
+def build_ring(device: Device, config: CaptureConfig, chunk_values: int, dtype: torch.dtype) -> Ring:
+    """Of `config.ring_bytes`, or of two prefill chunks where those are more. chunk_values: captured values of one, of
+    the target's dtype."""
+    value_bytes = 1 if config.row_dtype == "float8" else dtype.itemsize
+    num_bytes = max(config.ring_bytes, 2 * chunk_values * value_bytes + _BESIDE_ROWS_BYTES)
+    return Ring(device.pinned((num_bytes,), torch.uint8))
 
 
 def _aligned(num_bytes: int) -> int:

@@ -31,13 +31,14 @@ from onlinespec.plugin.meter import Meter, Step, StepRider, Turn
 from onlinespec.plugin.orders import Delivery, FinishExport, Order, Orders
 from onlinespec.plugin.prefix import PrefixGeneration
 from onlinespec.plugin.requests import RequestBook
-from onlinespec.plugin.ring import Ring
+from onlinespec.plugin.ring import build_ring
 from onlinespec.plugin.rows import RowCopier
 from onlinespec.plugin.sites import Site
 from onlinespec.plugin.swap import ApplyVersion, ExpectStaged, StageVersion, Swapper
 from onlinespec.plugin.switchback import Switchback
 from onlinespec.plugin.tap import Tap
 from onlinespec.plugin.teacher import teacher_of
+from onlinespec.plugin.template import generation_prompt
 from onlinespec.resolve import load_config
 from onlinespec.wire.messages import (
     Ack,
@@ -101,7 +102,8 @@ class Runtime:
         self._sender = SampleSender(self._paths.samples_endpoint, capture.queue_bytes, lambda: swapper.incumbent)
         self._meter = Meter(self._sender.counters, self._sender.offer, bool(scheduler.enable_overlap))
         if not self._launch.capture_refused:
-            ring = Ring(device.pinned((capture.ring_bytes,), torch.uint8))
+            chunk_tokens = scheduler.chunked_prefill_size or scheduler.max_prefill_tokens
+            ring = build_ring(device, capture, chunk_tokens * self._aux_width, scheduler.model_config.dtype)
             logits_1V = torch.zeros(1, int(scheduler.model_config.vocab_size), device=place)
             for lens_1 in (None, torch.ones(1, dtype=torch.int32, device=place)):
                 teacher_of(logits_1V, capture.teacher_top_k, lens_1)  # compiles a GPU's kernels before any request
@@ -325,15 +327,24 @@ class Runtime:
         self._export.wait_written()
         self._orders.ask(FinishExport())
 
+    @property
+    def _num_aux(self) -> int:
+        return int(self._scheduler.draft_worker._draft_worker.draft_runner.model.model.num_aux_hidden_states)
+
+    @property
+    def _aux_width(self) -> int:
+        """Captured values of a row."""
+        return self._num_aux * int(self._scheduler.model_config.hidden_size)
+
     def _hello(self) -> Hello:
-        worker, config, depth = self._scheduler.draft_worker, self._scheduler.model_config, self._depth
+        config, depth = self._scheduler.model_config, self._depth
         assert depth is not None
         return Hello(
             sglang_version=sglang.__version__,
             sites=[site.name for site in self._sites if site.hook == "none" or site.target in HookRegistry._patched],
             vocab_size=int(config.vocab_size),
             hidden_size=int(config.hidden_size),
-            num_aux=int(worker._draft_worker.draft_runner.model.model.num_aux_hidden_states),
+            num_aux=self._num_aux,
             num_draft_steps=depth.available[-1],
             greedy_verify=self._is_greedy(),
             capture=self._tap is not None and self._tap.is_enabled,
@@ -375,24 +386,3 @@ def _agree(is_so: bool) -> bool:
     flag = torch.tensor(int(is_so))
     torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN, group=group.cpu_group)
     return bool(flag)
-
-
-def generation_prompt(tokenizer: Any) -> list[int]:
-    """Tokens the chat template writes between a user's message and any answer to it, not only the last one.
-
-    Some templates append more to the last turn (an empty think block); what an earlier answer does not
-    show is cut off. Empty where there is no chat template.
-    """
-    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
-        return []
-
-    def tokens(roles: str, add: bool) -> list[int]:
-        turns = [{"role": {"u": "user", "a": "assistant"}[role], "content": "x"} for role in roles]
-        return list(tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False, add_generation_prompt=add))
-
-    question = len(tokens("u", False))
-    appended, answered = tokens("u", True)[question:], tokens("uau", False)[question:]
-    common = 0
-    while common < min(len(appended), len(answered)) and appended[common] == answered[common]:
-        common += 1
-    return appended[:common]

@@ -105,6 +105,7 @@ class Swapper:
         self._staged: Slot | None = None
         self._staging: threading.Thread | None = None
         self._error: SwapError | None = None
+        self._install(self._incumbent)  # the same bytes: kernels are loaded and memory is pinned before any request
 
     @property
     def incumbent(self) -> int:

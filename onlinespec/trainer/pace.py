@@ -1,12 +1,15 @@
 """How much may be trained now, and how much captured. Pure: times are passed in.
 
 Training may use `duty_frac` of wall time: a bucket of training seconds fills at that rate, a step may start while
-it is not in debt, and a step that took long is paid back before the next one. Training pauses while the server runs
-`busy_requests` or more. It is calm where the last `_CALM_VERDICTS` candidates were all refused and nothing drifted
-meanwhile: then duty and the share of requests captured fall to their calm shares. A promotion or drift ends the
-calm at once.
+it is not in debt, and a step that took long is paid back before the next one. Not so what a compilation or a device's
+warm-up took, which comes once and would stop training for its time over the duty: a step is charged for ten usual
+ones at most. Training pauses while the server runs `busy_requests` or more. It is calm where the last
+`_CALM_VERDICTS` candidates were all refused and nothing drifted meanwhile: then duty and the share of requests
+captured fall to their calm shares. A promotion or drift ends the calm at once.
 """
 
+import statistics
+from collections import deque
 from typing import Any, Literal
 
 from onlinespec.config import PaceConfig
@@ -14,6 +17,10 @@ from onlinespec.config import PaceConfig
 PaceState = Literal["waiting for requests", "training", "paused: busy", "paused: duty", "paused: calm"]
 
 _CALM_VERDICTS = 3
+_FIRST_CHARGE_S = 5.0
+"""at most for a step before which there was none"""
+_OUTLIER = 10.0
+_USUAL_STEPS = 32
 _BUCKET_S = 1.0
 """training seconds that may be saved up while there is nothing to train on"""
 
@@ -27,6 +34,7 @@ class Pace:
         self._config = config
         self._updated_s = now_s
         self._balance_s = 0.0
+        self._lately_s: deque[float] = deque(maxlen=_USUAL_STEPS)
         self._num_refused = 0
         """candidates refused since a promotion or drift"""
 
@@ -63,7 +71,9 @@ class Pace:
 
     def stepped(self, seconds: float) -> None:
         """A step took so long."""
-        self._balance_s -= seconds
+        most_s = _OUTLIER * statistics.median(self._lately_s) if self._lately_s else _FIRST_CHARGE_S
+        self._balance_s -= min(seconds, most_s)
+        self._lately_s.append(seconds)
 
     def judged(self, is_promoted: bool) -> None:
         """A candidate's verdict came."""

@@ -7,6 +7,7 @@ whatever the dtype of the forward pass: they are the masters, and an update too 
 M rows with a loss over all draft steps, K draft steps, V target vocabulary, D model dim.
 """
 
+import gc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,7 +79,16 @@ class Trainer:
             return 0
         return math.inf if self._config.kv_mode == "auto" else self._config.kv_free_steps
 
+    def wait(self) -> None:
+        """Until the device has done the last step: its update is only launched when `step` returns."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
     def _begin(self, weights: dict[str, torch.Tensor]) -> None:
+        if "_parameters" in vars(self):
+            del self._parameters, self._optimizer  # a GPU may have no place for two drafts and their optimizers
+            if self._device.type == "cuda":
+                gc.collect()  # a compiled layer is part of a cycle
         self._parameters = Parameters(self._config, self._draft_config, weights)
         self._optimizer = DraftOptimizer(self._parameters.trained, self._config)
         self._draft_ids_V = self.draft.draft_ids()  # batches are built on the CPU

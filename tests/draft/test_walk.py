@@ -53,6 +53,22 @@ def serve(loop: LoopDraft, sample) -> list[tuple[int, int, int]]:
     return steps
 
 
+def test_a_long_answer_is_walked_in_parts_and_says_the_same(monkeypatch):
+    draft, embed = build_draft(), build_embedding()
+    sample = agreeable_sample(draft, embed, seed=3, num_answer=40)
+    whole = matches(draft, sample, embed, NUM_STEPS)
+    sizes, unroll = [], draft.unroll
+    monkeypatch.setattr("onlinespec.draft.walk.MAX_ROWS", 7)
+    monkeypatch.setattr(draft, "unroll", lambda rows: (sizes.append(rows.num_queries), unroll(rows))[1])
+
+    found = matches(draft, sample, embed, NUM_STEPS)
+
+    assert torch.equal(found, whole)
+    assert whole.any()
+    assert max(sizes) == 7
+    assert len(sizes) > 5
+
+
 @pytest.mark.parametrize(
     "changes",
     [{}, {"draft_vocab_size": 17}, {"num_layers": 2, "norm_output": True}, {"use_aux": False, "num_aux": 1}],

@@ -178,7 +178,7 @@ def test_a_version_is_resident_on_the_device_where_the_reserve_allows_and_in_pin
     swapper.apply(ApplyVersion(7))
 
     assert swapper.weights.num_on_device == 2 * is_on_device
-    assert device.num_pinned_bytes == num_bytes * (1 if is_on_device else 3) + 16, "and a checksum before and after"
+    assert device.num_pinned_bytes == num_bytes * (1 if is_on_device else 3) + 2 * 16, "and two checksums, twice"
     assert torch.equal(drafting(swapper), FUSED)
 
 

@@ -49,7 +49,11 @@ def build_swapper(device: LateDevice, reserve_bytes: int = 0) -> Swapper:
         draft_worker=SimpleNamespace(_draft_worker=SimpleNamespace(draft_runner=runner)),
         tp_worker=SimpleNamespace(model_runner=SimpleNamespace(model=target)),
     )
-    return Swapper(scheduler, device, SHAPES, StageVersion(1, "first", "0" * 64), reserve_bytes)
+    swapper = Swapper(scheduler, device, SHAPES, StageVersion(1, "first", "0" * 64), reserve_bytes)
+    swapper.checks.wait()  # of the copy that every server makes at its start
+    swapper.checks.poll()
+    device.num_run = 0
+    return swapper
 
 
 def stage(swapper: Swapper, version: int, path: str) -> StageVersion:

@@ -33,6 +33,19 @@ def test_steps_take_their_share_of_wall_time_however_long_one_is(duty: float, st
     assert simulate(pace, 400.0, step_s) == pytest.approx(duty, rel=0.06, abs=0.005)
 
 
+@pytest.mark.parametrize("before", [0, 50])
+def test_a_compilation_inside_a_step_does_not_stop_training_for_its_time_over_the_duty(before: int):
+    pace = Pace(PaceConfig(duty_frac=0.1), now_s=0.0)
+    for number in range(before):
+        assert pace.may_step(number, is_due=True, running_requests=0)
+        pace.stepped(0.1)
+
+    pace.stepped(40.0)
+
+    waited_s = next(s for s in range(1000) if pace.may_step(before + s, is_due=True, running_requests=0))
+    assert waited_s <= 51, "400 s by the duty"
+
+
 def test_idle_time_is_not_saved_up_for_a_long_burst():
     pace = Pace(PaceConfig(duty_frac=0.5), now_s=0.0)
     pace.may_step(1000.0, is_due=False, running_requests=0)
