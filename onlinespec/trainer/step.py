@@ -51,6 +51,9 @@ class Trainer:
     Raises: ConfigError where kv_mode or the adapters do not fit the draft.
     """
 
+    _parameters: Parameters
+    _optimizer: DraftOptimizer
+
     def __init__(
         self,
         config: TrainerConfig,
