@@ -21,6 +21,7 @@ from onlinespec.plugin.ring import Ring, Slot
 from onlinespec.plugin.teacher import teacher_of
 from onlinespec.wire.frames import FrameHeader
 
+INLINE_BYTES = 2**16
 _BITS = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}
 """dtypes without a numpy name travel as their bits"""
 
@@ -81,8 +82,14 @@ class KeptRows:
         ]
         self.num_bytes = sum(len(kept) * tensor[:1].nbytes for tensor, kept in zip(of.on_host, self._kept, strict=True))
 
+    @property
+    def are_here(self) -> bool:
+        """So few, and copied already, that gathering them at once costs less than the sender's turns at the
+        interpreter would."""
+        return self.num_bytes <= INLINE_BYTES and self._of.copied.is_done()
+
     def __call__(self) -> list[np.ndarray] | None:
-        """On the sender's thread, once: waits for the copy. None where that failed."""
+        """Once, on the sender's thread where they are not here: waits for the copy. None where that failed."""
         frames: list[np.ndarray] | None = self._guard(self._gather)
         return frames
 

@@ -59,8 +59,12 @@ class TapRider:
             tap.sender.counters["ring_full"] += 1
             tap.sender.drop(len(kept.rows), 0)
         elif kept.segments and self.rows is not None:
-            frames = self.rows.keep(kept.rows, kept.teacher_rows, tap.guard)
-            tap.sender.offer(Rows(kept.segments, frames.headers), frames, len(kept.rows))
+            rows = self.rows.keep(kept.rows, kept.teacher_rows, tap.guard)
+            frames = rows() if rows.are_here else rows
+            if frames is None:
+                tap.sender.drop(len(kept.rows), rows.num_bytes)
+            else:
+                tap.sender.offer(Rows(kept.segments, rows.headers), frames, len(kept.rows))
         for ended in tap.book.ended():
             tap.sender.offer(ended)
 

@@ -5,6 +5,8 @@ acknowledged: a request gets exactly one `Ack`. Encoding is msgpack by msgspec; 
 message as raw frames (see `frames`). Nothing is pickled.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -282,6 +284,7 @@ ControlReply = Hello | Status | Ack
 
 _encoder = msgspec.msgpack.Encoder()
 _samples = msgspec.msgpack.Decoder(SampleMessage)
+_batches = msgspec.msgpack.Decoder(list[tuple[bytes, list[Annotated[int, msgspec.Meta(ge=0)]]]])
 _requests = msgspec.msgpack.Decoder(ControlRequest)
 _replies = msgspec.msgpack.Decoder(ControlReply)
 
@@ -294,6 +297,32 @@ def encode(message: msgspec.Struct) -> bytes:
 def decode_sample(data: bytes) -> SampleMessage:
     """Raises: WireError where the bytes are no sample message."""
     return _decode(_samples, data, "sample message")
+
+
+def encode_batch(heads: Sequence[tuple[bytes, list[int]]]) -> bytes:
+    """(encoded message, sizes of its frames in bytes) of messages that travel together."""
+    return _encoder.encode(heads)
+
+
+def messages_of(heads: bytes, bodies: Sequence[memoryview]) -> list[tuple[bytes, list[memoryview]]]:
+    """(encoded message, frames) of each in a batch. bodies: the frames, or one with all of them joined.
+
+    Raises: WireError where the bytes are no batch, or its frames are not those that it names.
+    """
+    found = _decode(_batches, heads, "batch of sample messages")
+    sizes = [size for _, own in found for size in own]
+    if len(bodies) == 1:
+        ends = list(itertools.accumulate(sizes))
+        joined = bodies[0]
+        frames = [joined[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+        is_whole = joined.nbytes == sum(sizes)
+    else:
+        frames, is_whole = list(bodies), [body.nbytes for body in bodies] == sizes
+    if not is_whole:
+        told = ", ".join(str(body.nbytes) for body in bodies) or "none"
+        raise WireError(f"a batch names {len(sizes)} frames of {sum(sizes)} bytes, and these came: {told}")
+    taken = iter(frames)
+    return [(head, list(itertools.islice(taken, len(own)))) for head, own in found]
 
 
 def decode_request(data: bytes) -> ControlRequest:

@@ -170,6 +170,22 @@ def test_the_promised_bytes_are_those_that_are_sent():
     assert promised == [sum(frame.nbytes for frame in frames)]
 
 
+def test_few_rows_that_are_here_already_are_gathered_at_the_commit_and_leave_nothing_to_the_sender():
+    server, reqs = Server(), [Req([1, 2, 3])]
+    server.launch(reqs, is_prefill=True)
+    server.commit(reqs, [[7]])
+    server.sender.offered.clear()
+
+    aux_NA, logits_MV = server.launch(reqs)
+    server.device.synchronize()
+    server.commit(reqs, [[8, 9]], [2])
+
+    (_, frames) = server.sender.offered[-1]
+    assert np.array_equal(frames[0], aux_NA[:2].numpy())
+    expect_teacher(frames, logits_MV[:2])
+    assert server.device.num_waits == 1, "for what was done"
+
+
 def test_a_full_ring_drops_rows_and_counts_them_and_requests_still_start_and_end():
     server, reqs = Server(ring_bytes=1024), [Req([1, 2, 3])]
 

@@ -28,6 +28,7 @@ from onlinespec.wire.messages import (
     Swap,
     decode_reply,
     encode,
+    encode_batch,
 )
 from onlinespec.wire.sockets import ControlClient, ControlServer, SampleReceiver, SampleSender, check_endpoint
 
@@ -105,6 +106,32 @@ def test_a_receiver_gets_every_message_and_frame_in_order(paths: RunPaths):
     assert sender.counters["rows"] == 120
     for (_, arrays), found in zip(offered, received, strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(arrays, found, strict=True))
+
+
+@pytest.mark.parametrize("frame_bytes", [1000, 600_000, 3_000_000])
+def test_what_waits_together_travels_together_and_comes_out_as_it_went_in(
+    paths: RunPaths, monkeypatch, frame_bytes: int
+):
+    sender = SampleSender(paths.samples_endpoint, budget_bytes=2**26, version=lambda: 1)
+    sent, send = [], sender._send
+    monkeypatch.setattr(sender, "_send", lambda parts: (sent.append(len(parts)), send(parts))[1])
+    wanted = [(number, bytes([number]) * frame_bytes, b"x" * number) for number in range(10)]
+
+    for number, *frames in wanted:
+        sender.offer(ended(number), frames)
+    receiver = SampleReceiver(paths.samples_endpoint)
+    found = []
+    while len(found) < len(wanted):
+        message, frames = receiver.receive(PATIENCE_S)
+        if isinstance(message, RequestEnded):
+            found.append((message.request, *map(bytes, frames)))
+    receiver.close()
+
+    assert found == wanted
+    if frame_bytes == 1000:
+        assert sent.count(2) < len(wanted)
+    if frame_bytes == 3_000_000:
+        assert sent.count(3) == len(wanted), "each alone, with its two frames as they are"
 
 
 def test_room_in_the_queue_comes_back_once_a_receiver_reads(paths: RunPaths):
@@ -224,10 +251,16 @@ def test_a_damaged_message_is_a_wire_error_and_the_next_one_is_received(paths: R
     with zmq.Context.instance().socket(zmq.PUSH) as raw:
         raw.bind(paths.samples_endpoint)
         raw.send(b"junk")
-        raw.send_multipart([encode(ended(2)), b"frame"])
+        raw.send_multipart([encode_batch([(encode(ended(1)), [3]), (encode(ended(1)), [])]), b"four"])
+        raw.send_multipart([encode_batch([(b"junk", []), (encode(ended(2)), [5])]), b"frame"])
 
-        with pytest.raises(WireError, match="4 bytes are no sample message"):
-            receiver.receive(PATIENCE_S)
+        for damage in (
+            "4 bytes are no batch of sample messages",
+            "a batch names 1 frames of 3 bytes, and these came: 4",
+            "4 bytes are no sample message",
+        ):
+            with pytest.raises(WireError, match=damage):
+                receiver.receive(PATIENCE_S)
         message, frames = receiver.receive(PATIENCE_S)
         receiver.close()
 
