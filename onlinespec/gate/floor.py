@@ -22,9 +22,12 @@ nearly useless (break-even 1.3, accept length 1.15), 16 steps of 10 ms every 30 
 0.06 %. At depth K a probe comes only when a cost is unknown, aged out or about to decide. (A server that does not
 count the steps itself, `WantedDepth.num_steps`, probes until the next look.)
 
-How long a return takes. Once the draft pays again, the next probe begins within max(probe_every_s, last probe's time /
-probe_frac), lasts `probe_steps` steps, and decides alone; the dwell time since the last change must have passed. So:
-that maximum, plus the probe, plus a look.
+Another draft in service, or drift, is news: neither the time since the last probe nor that since the last change is
+waited for then, so each may cost one probe and one change more.
+
+How long a return takes. Once the draft in service pays again, the next probe begins within max(probe_every_s, last
+probe's time / probe_frac), lasts `probe_steps` steps, and decides alone; the dwell time since the last change must
+have passed. So: that maximum, plus the probe, plus a look.
 
 It does not flip without end: two changes lie at least `min_dwell_s` apart, twice as long after each that came within
 four such times of the one before, up to `max_dwell_s`. So noise at the break-even changes depth a few times and then
@@ -133,8 +136,10 @@ class Floor:
         self._accept.add(num_tokens, num_steps, self._config.accept_window_steps)
 
     def forget_accept(self) -> None:
-        """Another draft is in service, or other traffic: what was accepted says nothing of it; costs stay."""
+        """Another draft is in service, or other traffic: what was accepted says nothing of it; costs stay. A probe or a
+        change that it asks for waits for none before it."""
         self._accept = _Window()
+        self._next_probe_s = self._changed_s = -math.inf
 
     def figures(self, running_requests: float, now_s: float) -> FloorFigures:
         """What a decision would rest on at this load."""

@@ -1,7 +1,7 @@
 """The swap: other weights into the draft's own storage, between two scheduler iterations.
 
 A version is staged first (read, checked, brought to the draft's device) off the scheduler's thread. The swap
-itself is one batched copy into the same tensors on the stream that forwards run on, so it is ordered between two
+itself is a copy into the same tensors on the stream that forwards run on, so it is ordered between two
 of them, CUDA graphs stay valid and nothing is drained. It waits on the device for the staging, never on the
 scheduler's thread. Names are allow-listed by what the draft was started with: `embed_tokens` is the target's own
 parameter, and a payload that carried it would change its answers.

@@ -2,7 +2,7 @@
 
 A version's file has canonical names; SGLang's `load_weights` fuses and shards them (qkv, gate_up, vocabulary). It is
 run once a version, on stand-ins of the draft's own parameters in host memory, so what it knows stays its to know.
-From there on a version is a list of tensors of the same shapes as the draft's, and a swap one batched copy.
+From there on a version is a list of tensors of the same shapes as the draft's, and a swap a copy of each.
 
 There are two slots: the incumbent's, and the other one's, which is the candidate or, after a swap, the predecessor:
 going back to it reads nothing. All memory is taken at start, for allocating it stops the device. Tensors whose

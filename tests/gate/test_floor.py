@@ -236,6 +236,17 @@ def test_a_swap_forgets_the_accept_length_and_keeps_the_costs():
     assert figures.break_even is not None
 
 
+def test_another_draft_is_news_that_waits_for_no_probe_and_no_change_before_it():
+    server = a_server().run(100)
+    server.accept = 1.0
+    server.until(0)
+
+    server.floor.forget_accept()
+    server.accept = 2.2
+
+    assert server.until(DEPTH) <= 6.0, "some looks and a probe; half a minute by the dwell time alone"
+
+
 def test_a_cost_ages_out():
     floor = Floor(CONFIG, DEPTH)
     floor.observe_cost(0, 1, 100, 1.0, now_s=0.0)
