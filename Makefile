@@ -20,7 +20,7 @@ check: venv
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
-# The README's table, from nothing: a draft of the first domain, the live stream of every arm, the tap's cost. About 30
+# The README's table, from nothing: a draft of the first domain, the live stream of every arm, the tap's cost. Fifteen to thirty
 # minutes on two cores. A part that is done is not done again, one that was stopped goes on or begins anew.
 BENCH := runs/bench
 STREAMS := $(BENCH)/streams
