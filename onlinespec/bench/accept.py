@@ -98,7 +98,7 @@ class Measurement:
         if not missing:
             self._cell.is_complete = True
             return
-        if self._session not in self._result.sessions:
+        if not any(session is self._session for session in self._result.sessions):  # two of a second may be equal
             self._result.sessions.append(self._session)
         settings, cell = self._result.settings, self._cell
         sampling = Sampling(cell.temperature, settings.max_tokens, seed=settings.seed, is_streamed=settings.is_streamed)

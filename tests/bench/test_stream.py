@@ -102,7 +102,29 @@ def test_a_file_that_is_no_json_is_refused_by_name(tmp_path: Path):
 
 def ended(at_s: float, tokens: int, steps: int = 0, correct: int = 0, error: str = "") -> Answer:
     counters = {"num_output_tokens": tokens, "num_verify_steps": steps, "num_correct_drafts": correct}
-    return Answer(Prompt.of_text("code", "?"), at_s - 1.0, chunk_s=[at_s], **counters, error=error)
+    return Answer(Prompt.of_text("code", "?"), at_s - 1.0, chunk_s=[at_s], has_counters=True, **counters, error=error)
+
+
+def test_an_arm_whose_server_tells_no_verify_steps_is_not_measured_and_told_why(tmp_path: Path, monkeypatch):
+    plan = LivePlan(tmp_path / "r.json", tmp_path, "init", ("none", "frozen"), ("demo:code",), 4, 2, 8, 1, 2)
+
+    async def drive(base_url, prompts, sampling, concurrency, on_answer):
+        for number in range(len(prompts)):
+            answer = ended(number + 1.0, 10)
+            answer.has_counters = False
+            on_answer(answer)
+
+    @contextlib.contextmanager
+    def server(plan, arm, console):
+        yield Server("http://127.0.0.1:1", None, tmp_path / "s.log")
+
+    monkeypatch.setattr("onlinespec.bench.stream_run.drive", drive)
+    monkeypatch.setattr("onlinespec.bench.stream_run._server", server)
+    run_live(plan, Console(quiet=True))
+
+    told = {row["arm"]: row["error"] for row in json.loads(plan.out.read_text())["rows"]}
+    assert told["none"] == ""
+    assert "its server tells no verify steps" in told["frozen"]
 
 
 def test_a_phase_is_cut_into_windows_of_answers_in_the_order_they_ended():
