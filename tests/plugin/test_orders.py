@@ -1,6 +1,7 @@
 """Orders to the scheduler: carried out once, given up in time, asked again where it takes a rank long."""
 
 import threading
+import time
 
 import pytest
 
@@ -13,7 +14,10 @@ ORDER = ExpectStaged(7)
 
 
 class Scheduler(threading.Thread):
-    """Takes and handles as SGLang's loop does. answers: what carrying out raises, one each; None for nothing."""
+    """Takes and handles as SGLang's loop does, until there are no answers left or `close`.
+
+    answers: what carrying out raises, one each; None for nothing.
+    """
 
     def __init__(self, orders: Orders, answers: list[Exception | None]):
         super().__init__(daemon=True)
@@ -28,12 +32,17 @@ class Scheduler(threading.Thread):
             self.orders.take(requests)
             for delivery in requests:
                 self.orders.handle(delivery, self.carry_out)
+            time.sleep(0.001)
 
     def carry_out(self, order: object) -> None:
         self.carried_out.append(order)
         answer = self.answers.pop(0)
         if answer is not None:
             raise answer
+
+    def close(self) -> None:
+        self.answers.clear()
+        self.join()
 
 
 def test_an_order_is_carried_out_once_and_its_refusal_reaches_who_sent_it():
@@ -67,10 +76,11 @@ def test_a_refusal_ends_the_asking():
 def test_a_rank_that_never_gets_done_is_given_up_by_name(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "_TIMEOUT_S", 0.2)
     orders = Orders()
-    Scheduler(orders, [NotYetError("version 7 is still being staged")] * 1000)
+    scheduler = Scheduler(orders, [NotYetError("version 7 is still being staged")] * 1000)
 
     with pytest.raises(SwapError, match=r"version 7 is still being staged, after 0 s; it is given up") as caught:
         orders.ask(ORDER)
+    scheduler.close()
 
     assert not isinstance(caught.value, NotYetError)
 
@@ -96,6 +106,7 @@ def test_a_fault_while_it_is_carried_out_is_told_as_one():
         requests: list = []
         while not requests:
             orders.take(requests)
+            time.sleep(0.001)
         with pytest.raises(RuntimeError, match="ours"):
             orders.handle(requests[0], fail)
 
