@@ -139,7 +139,7 @@ class SampleSender:
             if made is None:
                 self.drop(0, more_bytes)
                 continue
-            views = [memoryview(frame).cast("B") for frame in made]
+            views = [_bytes_of(frame) for frame in made]
             heads.append((head, [view.nbytes for view in views]))
             bodies += views
         if num_bytes <= _JOIN_BYTES:
@@ -164,6 +164,12 @@ class SampleSender:
         except zmq.Again:
             return False
         return True
+
+
+def _bytes_of(frame: Any) -> memoryview:
+    """Flat; a view with a zero in its shape (rows without a teacher) cannot be cast."""
+    view = memoryview(frame)
+    return view.cast("B") if view.nbytes else memoryview(b"")
 
 
 class SampleReceiver:

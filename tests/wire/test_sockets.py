@@ -56,7 +56,7 @@ def ended(number: int) -> RequestEnded:
 
 
 def rows_message(number: int) -> tuple[Rows, list[np.ndarray]]:
-    arrays = [np.full((2, 3), number, np.float32), np.full(2, number, np.int32)]
+    arrays = [np.full((2, 3), number, np.float32), np.empty((0, 3), np.int32), np.full(2, number, np.int32)]
     return Rows([], [header_of(array) for array in arrays]), arrays
 
 
