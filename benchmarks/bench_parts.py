@@ -35,8 +35,8 @@ def made_by(result: dict[str, Any]) -> str:
     """The command, when, and of which commits; a file without a part for its provenance has it among the rest."""
     provenance = result.get("provenance", result)
     commits = sorted({row["commit"] for row in result.get("rows", []) if "commit" in row})
-    at = f", rows of commit {' and '.join(commits)}" if commits else f", commit {provenance.get('commit')}"
-    return f"`{provenance['command']}` ({provenance.get('time')}{at})"
+    at = f", rows of commit {' and '.join(commits)}" if commits else f", commit {provenance['commit']}"
+    return f"`{provenance['command']}` ({provenance['time']}{at})"
 
 
 def stream_part(result: dict[str, Any]) -> str:

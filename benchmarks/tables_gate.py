@@ -21,8 +21,7 @@ def share(row: Content, key: str) -> str:
 def gate(content: Content) -> str:
     """False promotions of the worse of the two pools, lives of candidates, requests to promote a better one, slices."""
     parts = [made_by(content), _pools(content), _false_promotions(content), _lives(content), _power(content)]
-    if "slices" in content:
-        parts.append(_slices(content))
+    parts.append(_slices(content))
     equal = "; ".join(f"{row['test']} {row['equal']} of {row['races']}" for row in content["replayed"])
     return "\n\n".join([*parts, f"Races of the sidecar's own class that ended as the arrays did: {equal}."])
 
