@@ -99,7 +99,8 @@ class Runtime:
         if get_parallel().tp_rank != 0:
             return
         capture = self._capture
-        self._sender = SampleSender(self._paths.samples_endpoint, capture.queue_bytes, lambda: swapper.incumbent)
+        guard = functools.partial(self.fuse.run, is_vital=True)
+        self._sender = SampleSender(self._paths.samples_endpoint, capture.queue_bytes, lambda: swapper.incumbent, guard)
         self._meter = Meter(self._sender.counters, self._sender.offer, bool(scheduler.enable_overlap))
         if not self._launch.capture_refused:
             chunk_tokens = scheduler.chunked_prefill_size or scheduler.max_prefill_tokens

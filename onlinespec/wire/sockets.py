@@ -38,6 +38,7 @@ from onlinespec.wire.messages import (
 
 _SEND_HWM = 8
 _LINGER_S = 0.05
+_BATCH_MESSAGES = 256
 _BATCH_BYTES = 2**22
 """of a batch of several messages; what is larger goes alone, its frames as they are"""
 _JOIN_BYTES = 2**20
@@ -66,15 +67,27 @@ class LateFrames(Protocol):
         """None where they cannot be made: the message is dropped."""
 
 
+def _plainly(send: Callable[[], bool]) -> bool:
+    return send()
+
+
 class SampleSender:
-    """Server side of the samples stream.
+    """Server side of the samples stream. guard: calls a sending; None where it raised. A message that cannot be sent
+    alone either is lost, and the thread goes on.
 
     `offer` never blocks: it queues, or drops and counts. One thread sends. With no sidecar the queue fills
     to its budget and stays there; memory is bounded by `budget_bytes` plus the few batches ZeroMQ holds.
     """
 
-    def __init__(self, endpoint: str, budget_bytes: int, version: Callable[[], int]):
+    def __init__(
+        self,
+        endpoint: str,
+        budget_bytes: int,
+        version: Callable[[], int],
+        guard: Callable[[Callable[[], bool]], bool | None] = _plainly,
+    ):
         self.counters: Counter[str] = Counter()
+        self._guard = guard
         self._budget_bytes = budget_bytes
         self._version = version
         self._queue: deque[tuple[bytes, Sequence[Any] | LateFrames, int]] = deque()
@@ -121,21 +134,32 @@ class SampleSender:
                 time.sleep(_LINGER_S)
             self._wake.clear()
             while self._queue:
-                self._send_batch()
+                if self._guard(self._send_batch) is None and self._guard(self._send_one) is None:
+                    self._lose_first()
                 self._beat()
             self._beat()
 
-    def _send_batch(self) -> None:
-        """What has waited longest leaves the queue when ZeroMQ has it, or when its frames cannot be made."""
+    def _lose_first(self) -> None:
+        with self._lock:
+            _, _, num_bytes = self._queue.popleft()
+            self._queued_bytes -= num_bytes
+        self.drop(0, num_bytes)
+
+    def _send_one(self) -> bool:
+        return self._send_batch(1)
+
+    def _send_batch(self, most: int = _BATCH_MESSAGES) -> bool:
+        """What has waited longest leaves the queue when ZeroMQ has it, or when its frames cannot be made. True."""
         heads: list[tuple[bytes, list[int]]] = []
         bodies: list[Any] = []
         num_taken = num_bytes = 0
-        while num_taken < len(self._queue):
+        while num_taken < min(most, len(self._queue)):
             head, frames, more_bytes = self._queue[num_taken]
             if num_taken and num_bytes + more_bytes > _BATCH_BYTES:
                 break
             num_taken, num_bytes = num_taken + 1, num_bytes + more_bytes
             made = frames if isinstance(frames, Sequence) else frames()
+            self._queue[num_taken - 1] = (head, made or (), more_bytes)  # made once, should this be tried again
             if made is None:
                 self.drop(0, more_bytes)
                 continue
@@ -150,6 +174,7 @@ class SampleSender:
             for _ in range(num_taken):
                 self._queue.popleft()
             self._queued_bytes -= num_bytes
+        return True
 
     def _beat(self) -> None:
         """Between rows too: a queue that never empties is when the sidecar most needs to hear of drops."""

@@ -206,6 +206,31 @@ def test_late_frames_are_made_once_on_the_senders_thread_and_count_before_by_wha
     assert sender.counters["dropped_messages"] >= 2, "one had no room, one could not be made"
 
 
+def test_a_message_that_cannot_be_sent_is_lost_counted_and_the_thread_goes_on(paths: RunPaths):
+    faults = []
+
+    def guard(send):
+        try:
+            return send()
+        except TypeError as error:
+            faults.append(error)
+            return None
+
+    sender = SampleSender(paths.samples_endpoint, budget_bytes=2**20, version=lambda: 1, guard=guard)
+    broken = Late([object()])
+
+    sender.offer(ended(0))
+    sender.offer(ended(1), broken)
+    sender.offer(ended(2), [b"frame"])
+    receiver = SampleReceiver(paths.samples_endpoint)
+    received = receive_until(receiver, lambda message: message == ended(2))
+    receiver.close()
+
+    assert [message.request for message in received if isinstance(message, RequestEnded)] == [0, 2]
+    assert 1 <= len(faults) <= 3, "in its batch, behind what was good in that, and alone"
+    assert sender.counters["dropped_messages"] == 1
+
+
 def test_a_heartbeat_tells_the_counters_and_the_version_in_service(paths: RunPaths):
     sender = SampleSender(paths.samples_endpoint, budget_bytes=len(encode(ended(1))), version=lambda: 9)
     sender.offer(ended(1), num_rows=2)
