@@ -5,8 +5,7 @@ and the commands connect. Nothing here blocks the server: the sender owns a queu
 a ZeroMQ high-water mark counts messages and bounds no memory.
 
 Messages of some tens of milliseconds travel in one batch, small frames joined. Each call into ZeroMQ gives the
-interpreter away and wants it back from the scheduler's thread, which is always busy: sent one by one, the rows of a
-step of 15 ms cost that thread another 1.6 ms (two cores, no GPU).
+interpreter away and wants it back from the scheduler's thread, which is always busy and pays for each of these turns.
 """
 
 import os
