@@ -80,8 +80,8 @@ $(BENCH)/learning.done: $(BENCH)/streams.done
 	$(KEEP)
 
 $(BENCH)/bfloat16.done: $(BENCH)/streams.done
-	$(SCRIPT)/bench_learning.py $(STREAMS) $(basename $@).json --seeds 2 --tokens 3000 \
-		--arms "onlinespec;onlinespec, bfloat16"
+	$(SCRIPT)/bench_learning.py $(STREAMS) $(basename $@).json --seeds 2 --tokens 16000 \
+		--arms "onlinespec, float32;onlinespec, bfloat16"
 	$(KEEP)
 
 $(BENCH)/loss-change.done: $(BENCH)/streams.done
@@ -123,7 +123,7 @@ $(BENCH)/swap.done: | $(READY)
 
 $(BENCH)/trainer-step.done: | $(READY)
 	$(SCRIPT)/bench_trainer_step.py $(basename $@).json --rounds 3 \
-		--systems "ours;ours, muon;ours, activations recomputed"
+		--systems "ours;ours, muon;ours, activations recomputed;plain, bfloat16;ours, bfloat16;ours, muon, bfloat16"
 	$(KEEP)
 
 $(BENCH)/kv-modes.done: | $(READY)

@@ -59,6 +59,7 @@ ARMS = {
     "onlinespec, lora 16": ["trainer.lora_rank=16"],
     "onlinespec, projections": ["trainer.kv_mode=projections"],
     "onlinespec, stable": ["trainer.kv_mode=stable"],
+    "onlinespec, float32": ["trainer.dtype=float32"],
     "onlinespec, bfloat16": ["trainer.dtype=bfloat16"],
 }
 

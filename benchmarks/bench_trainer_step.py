@@ -1,7 +1,7 @@
 """Tokens/s and peak memory of an optimizer step, against a plain implementation of the common recipe.
 
-Both get the same requests, threads, dtype, unroll, decay and AdamW; first it is checked that they give the same
-loss and gradients on a batch. Speed in one process, ABBA, in CPU seconds of the thread. Memory in a process of its
+Both get the same requests, threads, dtype (float32 unless named), unroll, decay and AdamW; first it is checked that
+they give the same loss and gradients on a batch. Speed in one process, ABBA, in CPU seconds of the thread. Memory in a process of its
 own each: peak RSS during a second step, and of that what is above the process with torch loaded (`peak`: weights,
 optimizer, averages, requests, activations) and above the state between two steps (`step`: activations and logits).
 
@@ -45,6 +45,9 @@ SYSTEMS = {
     "ours, muon": {"optimizer": "muon"},
     "ours, muon, stable": {"optimizer": "muon", "kv_mode": "stable"},
     "ours, activations recomputed": {"optimizer": "adamw", "checkpoint_activations": True},
+    "plain, bfloat16": {"dtype": "bfloat16"},
+    "ours, bfloat16": {"optimizer": "adamw", "dtype": "bfloat16"},
+    "ours, muon, bfloat16": {"optimizer": "muon", "dtype": "bfloat16"},
 }
 
 
@@ -98,8 +101,9 @@ def build(shape_name, traffic_name, system):
     draft = Draft(config)
     embed_VD = torch.randn(config.vocab_size, config.hidden_size)
     samples = [build_sample(config, i, *sizes) for i, sizes in enumerate(TRAFFIC[traffic_name])]
-    trainer_config = TrainerConfig(unroll_steps=NUM_STEPS, ema_decay=0.0, adamw_lr=1e-4, **SYSTEMS[system])
-    if system == "plain":
+    common = {"unroll_steps": NUM_STEPS, "ema_decay": 0.0, "adamw_lr": 1e-4, "dtype": "float32"}
+    trainer_config = TrainerConfig(**{**common, **SYSTEMS[system]})
+    if system.startswith("plain"):
         return PlainTrainer(trainer_config, draft, embed_VD), samples
     return Trainer(trainer_config, config, draft.weights(), embed_VD), samples
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from onlinespec.draft.model import Draft
+from onlinespec.draft.place import is_half
 
 
 def collate(samples, embed_VD, num_steps):
@@ -89,7 +90,7 @@ def loss_of(draft: Draft, samples, embed_VD, num_steps, decay):
 
 
 class PlainTrainer:
-    """AdamW on everything; dtype bfloat16 is autocast's, as the trainer's."""
+    """AdamW on everything; bfloat16 is autocast's, as the trainer's, and in the same cases."""
 
     def __init__(self, config, draft: Draft, embed_VD):
         self.draft, self.embed_VD, self.config = draft, embed_VD, config
@@ -97,7 +98,9 @@ class PlainTrainer:
 
     def step(self, samples) -> float:
         self.optimizer.zero_grad()
-        with torch.autocast(self.embed_VD.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+        with torch.autocast(
+            self.embed_VD.device.type, torch.bfloat16, enabled=is_half(self.config.dtype, self.config.device)
+        ):
             loss = loss_of(self.draft, samples, self.embed_VD, self.config.unroll_steps, self.config.loss_decay)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.draft.parameters(), self.config.clip_norm)

@@ -38,9 +38,15 @@ def learning(content: Content) -> str:
 def bfloat16(content: Content) -> str:
     """The last look of each phase, by seed."""
     rows = [
-        (row["arm"], str(row["seed"]), *(f"{curve[-1][1]:.2f}" for curve in row["curves"])) for row in content["rows"]
+        (
+            row["arm"],
+            str(row["seed"]),
+            *(f"{curve[-1][1]:.2f}" for curve in row["curves"]),
+            f"{row['training_cpu_s']:.0f}",
+        )
+        for row in content["rows"]
     ]
-    return f"{made_by(content)}\n\n" + markdown(("arm", "seed", "code", "support"), rows)
+    return f"{made_by(content)}\n\n" + markdown(("arm", "seed", "code", "support", "CPU s"), rows)
 
 
 def trainer_step(content: Content) -> str:

@@ -137,8 +137,9 @@ class TrainerConfig(Section, frozen=True):
     """an adapter counts lora_alpha / lora_rank times"""
     lora_targets: Names = _LORA_TARGETS
     """matrices that get an adapter; everything else is frozen"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the forward and backward pass; masters and optimizer state are float32"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the forward and backward pass and of Muon's products; masters and optimizer state are float32. auto: bfloat16
+    where the device has instructions for it, a CPU too; where it has none, that is several times slower"""
     checkpoint_activations: bool = False
     """recompute activations of an unroll step in the backward pass: less memory, a third more time"""
     compile: bool = False

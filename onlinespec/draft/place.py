@@ -1,4 +1,7 @@
-"""Where tensors lie: a frozen dataclass of tensors, built on the CPU, on the device that computes with it."""
+"""Where tensors lie, and in what is multiplied there.
+
+A frozen dataclass of tensors is built on the CPU and moved to the device that computes with it.
+"""
 
 import dataclasses
 from typing import Any, TypeVar
@@ -8,6 +11,8 @@ import torch
 from onlinespec.errors import ConfigError
 
 _T = TypeVar("_T")
+_CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+"""x86 and Arm. Source: torch 2.13 torch.cpu.get_capabilities"""
 
 
 def placed(value: _T, device: torch.device) -> _T:
@@ -23,6 +28,19 @@ def placed(value: _T, device: torch.device) -> _T:
         elif dataclasses.is_dataclass(part):
             moved[field.name] = placed(part, device)
     return dataclasses.replace(value, **moved)  # type: ignore[type-var]
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions that multiply bfloat16; an older torch cannot say it of a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(found.get(name, False) for name in _CPU_BFLOAT16)
+
+
+def is_half(dtype: str, device: str) -> bool:
+    """Whether `trainer.dtype` means bfloat16 on `trainer.device`."""
+    return dtype == "bfloat16" or (dtype == "auto" and has_bfloat16(torch.device(device)))
 
 
 def check_device(device: str) -> None:

@@ -1,8 +1,8 @@
 """The optimizer of a draft: Muon on the matrices and AdamW on the rest, or AdamW on all.
 
 Muon reaches an accept length in a third fewer tokens than AdamW alone. torch.optim.Muon orthogonalises in
-bfloat16, five times slower on a CPU without bfloat16 instructions; here a CPU does it in float32, a GPU in
-bfloat16, and matrices of one shape go through together. A parameter without a gradient (frozen) is left alone.
+bfloat16, five times slower on a CPU without bfloat16 instructions; here it is done in the trainer's dtype, and
+matrices of one shape go through together. A parameter without a gradient (frozen) is left alone.
 
 O rows and I columns of a matrix, N matrices of one shape.
 """
@@ -44,11 +44,14 @@ def orthogonalize(matrices_NOI: torch.Tensor, is_half: bool = False) -> torch.Te
 class DraftOptimizer:
     """Steps the named parameters of one draft. Rates follow `lr_factor`.
 
+    is_half: Muon multiplies in bfloat16.
+
     Muon takes the matrices that are not lm_head's nor an adapter's low-rank factors; AdamW the rest.
     """
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], config: TrainerConfig):
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], config: TrainerConfig, is_half: bool = False):
         self._config = config
+        self._is_half = is_half
         self._parameters = dict(parameters)
         self._muon_shapes: dict[tuple[int, int], list[str]] = {}
         for name, parameter in parameters.items():
@@ -93,7 +96,7 @@ class DraftOptimizer:
             assert gradient is not None
             nesterov.append(gradient.lerp(self._momentum[name].lerp_(gradient, 1 - _MOMENTUM), _MOMENTUM))
         together = torch.stack(nesterov)
-        for name, update in zip(names, orthogonalize(together, is_half=together.is_cuda), strict=True):
+        for name, update in zip(names, orthogonalize(together, self._is_half), strict=True):
             self._parameters[name].mul_(1 - lr * self._config.weight_decay).add_(update, alpha=-lr * scale)
 
     def state_dict(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from onlinespec.config import TrainerConfig
 from onlinespec.draft.config import DraftConfig
 from onlinespec.draft.losses import Terms, head_loss
 from onlinespec.draft.model import Draft
-from onlinespec.draft.place import placed
+from onlinespec.draft.place import is_half, placed
 from onlinespec.draft.sample import Sample
 from onlinespec.trainer.batch import Batch, build_batch
 from onlinespec.trainer.objective import Objective
@@ -70,6 +70,7 @@ class Trainer:
         self._draft_config = draft_config
         self._embed_VD = embed_VD
         self._device = torch.device(config.device)
+        self._is_half = is_half(config.dtype, config.device)
         self._frozen_from_step = self._free_steps(is_fresh)
         self._num_steps_before = 0
         self._objective = Objective(config)
@@ -93,7 +94,7 @@ class Trainer:
             if self._device.type == "cuda":
                 gc.collect()  # a compiled layer is part of a cycle
         self._parameters = Parameters(self._config, self._draft_config, weights)
-        self._optimizer = DraftOptimizer(self._parameters.trained, self._config)
+        self._optimizer = DraftOptimizer(self._parameters.trained, self._config, self._is_half)
         self._draft_ids_V = self.draft.draft_ids()  # batches are built on the CPU
         self._freeze_when_due()
 
@@ -150,10 +151,9 @@ class Trainer:
     def _backward(self, batch: Batch, weight_K: torch.Tensor, terms: Terms) -> float:
         """Add one batch's gradients; its share of the loss."""
         config = self._config
-        is_half = config.dtype == "bfloat16"
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=is_half):
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._is_half):
             states_MD = self.draft.states(batch.rows).flatten(0, 1)[batch.kept_M]
-        states_MD = states_MD.to(torch.bfloat16) if is_half else states_MD
+        states_MD = states_MD.to(torch.bfloat16) if self._is_half else states_MD
         needs_chains = bool(terms.accept) or config.step_weights == "reach"
         loss, is_match_M = head_loss(
             states_MD,

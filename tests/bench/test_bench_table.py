@@ -20,7 +20,15 @@ RESULTS = f"# Title\n\n{SECTION.format('bench')}{SECTION.format('gpu')}{SECTION.
 LEARNED = {
     "command": "python benchmarks/bench_learning.py",
     "time": "2026",
-    "rows": [{"arm": "ours", "seed": 3, "commit": "abc", "curves": [[[0, 1.0], [900, 1.63]], [[0, 1.0], [901, 1.84]]]}],
+    "rows": [
+        {
+            "arm": "ours",
+            "seed": 3,
+            "commit": "abc",
+            "curves": [[[0, 1.0], [900, 1.63]], [[0, 1.0], [901, 1.84]]],
+            "training_cpu_s": 12.4,
+        }
+    ],
 }
 
 
@@ -81,8 +89,8 @@ def test_a_scripts_json_fills_the_section_of_its_name_and_names_its_command_and_
     results = (root / "benchmarks/RESULTS.md").read_text()
     assert (
         "<!-- bfloat16:begin -->\n`python benchmarks/bench_learning.py` (2026, rows of commit abc)\n\n"
-        "| arm | seed | code | support |\n| --- | --- | --- | --- |\n"
-        "| ours | 3 | 1.63 | 1.84 |\n<!-- bfloat16:end -->\n"
+        "| arm | seed | code | support | CPU s |\n| --- | --- | --- | --- | --- |\n"
+        "| ours | 3 | 1.63 | 1.84 | 12 |\n<!-- bfloat16:end -->\n"
     ) in results
 
 

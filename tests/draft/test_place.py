@@ -11,7 +11,7 @@ import torch
 from torch._utils import _get_device_index  # what torch.cuda reads a device with
 
 from onlinespec.draft.losses import Terms, head_loss
-from onlinespec.draft.place import bound_memory, check_device, placed
+from onlinespec.draft.place import bound_memory, check_device, has_bfloat16, is_half, placed
 from onlinespec.errors import ConfigError
 from onlinespec.trainer.batch import build_batch
 from tests.draft.tiny import build_draft, build_embedding, build_sample
@@ -49,6 +49,30 @@ def test_what_was_captured_in_half_precision_is_moved_so_and_widened_where_it_is
     there = placed(batch, META).rows
     assert {x.dtype for x in (there.aux_CA, there.embed_CD, there.embed_NKD)} == {torch.bfloat16}
     assert torch.equal(draft.states(batch.rows), draft.states(expected.rows))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"architecture": "x86_64", "avx512_f": True, "avx512_bf16": False}, False),
+        ({"architecture": "x86_64", "avx512_f": True, "avx512_bf16": True}, True),
+        ({"architecture": "arm64", "bf16": True}, True),
+        (None, False),
+    ],
+    ids=["x86 without", "x86", "arm", "a torch that cannot say"],
+)
+def test_auto_is_bfloat16_where_the_cpu_multiplies_in_it(monkeypatch, capabilities, expected):
+    if capabilities is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+
+    assert has_bfloat16(torch.device("cpu")) is expected
+    assert {name: is_half(name, "cpu") for name in ("auto", "float32", "bfloat16")} == {
+        "auto": expected,
+        "float32": False,
+        "bfloat16": True,
+    }
 
 
 @pytest.mark.parametrize("is_recomputing", [False, True])

@@ -26,8 +26,9 @@ def test_orthogonalize_brings_singular_values_near_one_and_keeps_the_directions(
     assert (result.shape, result.dtype) == (matrices.shape, matrices.dtype)
 
 
-@pytest.mark.parametrize(("device", "expected"), [("cpu", torch.float32), ("cuda", torch.bfloat16)])
-def test_muon_multiplies_in_what_the_device_is_fast_in(device, expected):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(("is_half", "expected"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_muon_multiplies_in_the_dtype_of_the_trainer(device, is_half, expected):
     class Products(TorchDispatchMode):
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
             if operation in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default):
@@ -38,7 +39,7 @@ def test_muon_multiplies_in_what_the_device_is_fast_in(device, expected):
     with FakeTensorMode(), Products():
         shapes = {"a.weight": (6, 4), "norm.weight": (4,)}
         parameters = {name: torch.nn.Parameter(torch.zeros(s, device=device)) for name, s in shapes.items()}
-        optimizer = DraftOptimizer(parameters, TrainerConfig())
+        optimizer = DraftOptimizer(parameters, TrainerConfig(), is_half)
         parameters["a.weight"].grad = torch.ones(6, 4, device=device)
         optimizer.step()
 

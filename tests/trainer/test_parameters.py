@@ -5,6 +5,7 @@ import io
 import msgspec
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from onlinespec.config import TrainerConfig
 from onlinespec.draft.header import canonical_names
@@ -15,7 +16,7 @@ from onlinespec.errors import ConfigError
 from onlinespec.trainer.step import Trainer
 from tests.draft.tiny import CONFIG, build_draft, build_embedding, build_sample
 
-BASE = TrainerConfig(unroll_steps=2, muon_lr=0.02, adamw_lr=5e-3, warmup_steps=1)
+BASE = TrainerConfig(unroll_steps=2, muon_lr=0.02, adamw_lr=5e-3, warmup_steps=1, dtype="float32")
 LORA = {"lora_rank": 2, "lora_alpha": 4.0, "lora_targets": ("q_proj", "k_proj", "down_proj")}
 
 
@@ -255,6 +256,22 @@ def test_bfloat16_training_keeps_float32_masters_that_hold_updates_too_small_for
     is_same_in_bfloat16 = before["fc.weight"].bfloat16() == after["fc.weight"].bfloat16()
     assert float((before["fc.weight"] != after["fc.weight"]).float().mean()) > 0.9
     assert float(is_same_in_bfloat16.float().mean()) > 0.9
+
+
+@pytest.mark.parametrize(("has_it", "expected"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_auto_multiplies_forward_backward_and_muon_in_what_the_cpu_is_fast_in(monkeypatch, has_it, expected):
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            if operation.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.baddbmm):
+                dtypes.update(x.dtype for x in args if isinstance(x, torch.Tensor))
+            return operation(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_it})
+    trainer, dtypes = build_trainer(dtype="auto"), set()
+    with Products():
+        run(trainer, 1)
+
+    assert dtypes == {expected}
 
 
 # The compiler warns of its own doings, and takes half a minute.

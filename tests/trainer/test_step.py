@@ -16,7 +16,7 @@ from onlinespec.trainer.batch import build_batch
 from onlinespec.trainer.step import Trainer
 from tests.draft.tiny import CONFIG, LoopDraft, build_draft, build_embedding, build_sample
 
-CONFIG_3 = TrainerConfig(unroll_steps=3, loss_decay=0.5, muon_lr=0.02, adamw_lr=5e-3, warmup_steps=2)
+CONFIG_3 = TrainerConfig(unroll_steps=3, loss_decay=0.5, muon_lr=0.02, adamw_lr=5e-3, warmup_steps=2, dtype="float32")
 
 
 def replace_config(**changes) -> TrainerConfig:
@@ -219,7 +219,7 @@ def learnable_sample(seed: int, temperature: float) -> Sample:
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_accept_length_rises_on_requests_that_were_not_trained_on(temperature):
     torch.manual_seed(0)
-    config = TrainerConfig(unroll_steps=3, muon_lr=0.05, adamw_lr=1e-2)
+    config = TrainerConfig(unroll_steps=3, muon_lr=0.05, adamw_lr=1e-2, dtype="float32")
     embed = build_embedding()
     trainer = Trainer(config, CONFIG, Draft(CONFIG).weights(), embed)
     held_out = [learnable_sample(seed, temperature) for seed in range(1000, 1004)]
