@@ -1,9 +1,10 @@
 """Tokens/s and peak memory of an optimizer step, against a plain implementation of the common recipe.
 
 Both get the same requests, threads, dtype (float32 unless named), unroll, decay and AdamW; first it is checked that
-they give the same loss and gradients on a batch. Speed in one process, ABBA, in CPU seconds of the thread. Memory in a process of its
-own each: peak RSS during a second step, and of that what is above the process with torch loaded (`peak`: weights,
-optimizer, averages, requests, activations) and above the state between two steps (`step`: activations and logits).
+they give the same loss and gradients on a batch. Speed in one process, ABBA, in CPU seconds of the thread. Memory in
+a process of its own each: peak RSS during a second step, and of that what is above the process with torch loaded
+(`peak`: weights, optimizer, averages, requests, activations) and above the state between two steps (`step`:
+activations and logits).
 
 Run: python benchmarks/bench_trainer_step.py OUT.json [--shapes tiny,middle] [--rounds 5]
 """
