@@ -15,6 +15,8 @@ from onlinespec.versions.journal import DepthChanged, Journal
 from onlinespec.wire.messages import Hello, SetDepth
 from onlinespec.wire.sockets import ControlClient
 
+_UNTIMED_STEPS = 8
+"""more than a probe asks for: steps at its ends and beside a prefill are not timed"""
 _COST = re.compile(r"decode_steps_d(\d+)_b(\d+)")
 
 
@@ -31,9 +33,9 @@ class DepthKeeper:
         self._journal = journal
         self._num_draft_steps = hello.num_draft_steps
         self.num_steps = hello.depth
-        """the server's depth now"""
-        self._settled = hello.depth
-        """depth that the journal knows, probes apart"""
+        """the server's depth, probes apart"""
+        self._is_probing = False
+        """the server holds another depth for some steps, or has held it and was told nothing since"""
         is_at_zero = starts_at_zero or hello.depth == 0  # a sidecar before this one left it there
         self._floor = Floor(config, hello.num_draft_steps, starts_at_zero=is_at_zero)
         self._costs: dict[tuple[int, int], tuple[int, int]] = {}
@@ -54,9 +56,9 @@ class DepthKeeper:
 
     def settle(self) -> int:
         """End a probe, and return the depth that requests are served at."""
-        if self.num_steps != self._settled:
-            self._set(self._settled)
-        return self._settled
+        if self._is_probing:
+            self._set(self.num_steps)
+        return self.num_steps
 
     def accepted(self, num_tokens: int, num_steps: int) -> None:
         """Take the incumbent's walk over a held-out request."""
@@ -71,15 +73,20 @@ class DepthKeeper:
         if not self.is_on:
             return
         self.wanted = wanted = self._floor.decide(running_requests, now_s)
-        if wanted.depth != self.num_steps:
+        if wanted.num_steps is not None:
+            self._set(wanted.depth, wanted.num_steps + _UNTIMED_STEPS)
+            return
+        is_change = wanted.depth != self.num_steps
+        if is_change or self._is_probing:
             self._set(wanted.depth)
-        if wanted.num_steps is None and wanted.depth != self._settled:
-            self._settled = wanted.depth
+        if is_change:
             event = DepthChanged(time_s=time.time(), num_steps=wanted.depth, by="floor", reason=wanted.reason)
             self._journal.append(event)
 
-    def _set(self, num_steps: int) -> None:
-        ack = self._control.acknowledged(SetDepth(num_steps))
+    def _set(self, num_steps: int, for_steps: int = 0) -> None:
+        ack = self._control.acknowledged(SetDepth(num_steps, for_steps))
         if not ack.is_ok:
             raise SwapError(f"the server refused draft depth {num_steps}: {ack.message}")
-        self.num_steps = num_steps
+        self._is_probing = for_steps > 0
+        if not for_steps:
+            self.num_steps = num_steps

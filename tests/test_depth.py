@@ -106,3 +106,51 @@ def test_the_first_costs_of_a_depth_that_was_never_run_before_count_in_full(path
     keeper.keep(3, 12.0)
 
     assert [event.num_steps for event in Journal(paths).read() if isinstance(event, DepthChanged)] == [0], "no probe"
+
+
+def test_a_probe_is_for_some_steps_asked_for_again_where_too_few_were_timed_and_then_over(paths, server):
+    keeper = build_keeper(paths)
+    keeper.accepted(30, 10)
+    keeper.costs(counted(0, 0, 0, 0, load=4), now_s=10.0)
+    keeper.costs({"decode_steps_d3_b4": 40, "decode_us_d3_b4": 600_000}, now_s=11.0)
+
+    keeper.keep(3, 12.0)
+    depths = [keeper.num_steps]
+    keeper.costs(counted(12, 120_000, 40, 600_000, load=4), now_s=13.0)
+    keeper.keep(3, 13.0)
+    keeper.costs(counted(16, 160_000, 60, 900_000, load=4), now_s=14.0)
+    keeper.keep(3, 14.0)
+    keeper.keep(3, 15.0)
+    depths.append(keeper.num_steps)
+
+    assert server.orders == [SetDepth(0, 16 + 8), SetDepth(0, 4 + 8), SetDepth(3)]
+    assert depths == [3, 3]
+    assert not [event for event in Journal(paths).read() if isinstance(event, DepthChanged)]
+
+
+def test_a_probe_that_shows_the_other_depth_faster_is_followed_by_a_change_that_lasts(paths, server):
+    keeper = build_keeper(paths)
+    keeper.accepted(14, 10)
+    keeper.costs(counted(0, 0, 0, 0, load=4), now_s=10.0)
+    keeper.costs({"decode_steps_d3_b4": 40, "decode_us_d3_b4": 1_000_000}, now_s=11.0)
+
+    keeper.keep(3, 12.0)
+    keeper.costs(counted(24, 240_000, 40, 1_000_000, load=4), now_s=13.0)
+    keeper.keep(3, 13.0)
+
+    assert server.orders == [SetDepth(0, 16 + 8), SetDepth(0)]
+    assert keeper.num_steps == 0
+    assert [event.num_steps for event in Journal(paths).read() if isinstance(event, DepthChanged)] == [0]
+
+
+def test_a_trial_ends_a_probe(paths, server):
+    keeper = build_keeper(paths)
+    keeper.accepted(30, 10)
+    keeper.costs(counted(0, 0, 0, 0, load=4), now_s=10.0)
+    keeper.costs({"decode_steps_d3_b4": 40, "decode_us_d3_b4": 600_000}, now_s=11.0)
+    keeper.keep(3, 12.0)
+
+    depths = [keeper.settle(), keeper.settle()]
+
+    assert depths == [3, 3]
+    assert server.orders == [SetDepth(0, 16 + 8), SetDepth(3)]

@@ -4,6 +4,7 @@ A frozen dataclass of tensors is built on the CPU and moved to the device that c
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -34,7 +35,7 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether the device has instructions that multiply bfloat16; an older torch cannot say it of a CPU."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    found = getattr(torch.cpu, "get_capabilities", dict)()
+    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(found.get(name, False) for name in _CPU_BFLOAT16)
 
 

@@ -19,8 +19,8 @@ What probing costs. With steps of s seconds probes take probe_steps * s / probe_
 more than `probe_frac`, the next one waits for what the last took divided by `probe_frac`, so that it is the bound at
 any speed. Of that time only the part is lost by which the other depth is slower: with a draft that is quick and
 nearly useless (break-even 1.3, accept length 1.15), 16 steps of 10 ms every 30 s are 0.5 % of the time and lose
-0.06 %. At depth K a probe comes only when a cost is unknown, aged out or about to decide. (A server that does not
-count the steps itself, `WantedDepth.num_steps`, probes until the next look.)
+0.06 %. At depth K a probe comes only when a cost is unknown, aged out or about to decide. The server counts a probe's
+steps itself and returns; what it could not time of them is asked for again at the next look.
 
 Another draft in service, or drift, is news: neither the time since the last probe nor that since the last change is
 waited for then, so each may cost one probe and one change more.

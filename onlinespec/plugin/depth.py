@@ -22,11 +22,34 @@ class Policy(Protocol):
 
 
 class HeldDepth:
-    """Stands where SGLang's policy stood; which states are built stays that one's to say."""
+    """Stands where SGLang's policy stood; which states are built stays that one's to say.
+
+    num_steps: the depth that lasts; another may be held for some decode steps, which SGLang's questions count.
+    """
 
     def __init__(self, policy: Policy, num_steps: int):
         self.num_steps = num_steps
         self._policy = policy
+        self._passing = 0
+        self._num_left = 0
+
+    def hold(self, num_steps: int, for_steps: int) -> None:
+        """for_steps: 0 for a depth that lasts."""
+        self._num_left = for_steps
+        if for_steps:
+            self._passing = num_steps
+        else:
+            self.num_steps = num_steps
+
+    @property
+    def is_passing(self) -> bool:
+        """Another depth is held for steps that are not all run."""
+        return self._num_left > 0
+
+    @property
+    def next_steps(self) -> int:
+        """The depth of the next decode step."""
+        return self._passing if self.is_passing else self.num_steps
 
     @property
     def candidate_steps(self) -> list[int]:
@@ -39,7 +62,10 @@ class HeldDepth:
         return self._policy.cuda_graph_bs_for_step(step)
 
     def get_steps_for_batch(self, batch_size: int) -> int:
-        return self.num_steps
+        """Asked once at the start of a decode step."""
+        num_steps = self.next_steps
+        self._num_left = max(0, self._num_left - 1)
+        return num_steps
 
     def on_verify_complete(self, num_correct_drafts_per_req: list[int], batch_size: int) -> None:
         """SGLang's would answer with another depth."""
@@ -66,7 +92,16 @@ class Depth:
     @property
     def num_steps(self) -> int:
         """Of the next decode step."""
+        return self._held.next_steps if self._held is not None else self.lasting
+
+    @property
+    def lasting(self) -> int:
+        """The depth that holds until told, one held for some steps apart."""
         return self._held.num_steps if self._held is not None else int(self._worker.speculative_num_steps)
+
+    def lasts(self, num_steps: int) -> bool:
+        """Nothing is to be done for this depth to hold until told."""
+        return self.lasting == num_steps and not (self._held is not None and self._held.is_passing)
 
     @property
     def available(self) -> list[int]:
@@ -81,8 +116,8 @@ class Depth:
             return f"depth {num_steps} was not prepared at start; choose one of {', '.join(map(str, self.available))}"
         return ""
 
-    def set(self, num_steps: int) -> None:
-        """On the scheduler's thread, from the next decode step on."""
+    def set(self, num_steps: int, for_steps: int = 0) -> None:
+        """On the scheduler's thread, from the next decode step on; for so many of them, 0: until told."""
         assert self._held is not None
         assert num_steps in self.available, num_steps
-        self._held.num_steps = num_steps
+        self._held.hold(num_steps, for_steps)

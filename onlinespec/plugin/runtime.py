@@ -222,9 +222,9 @@ class Runtime:
             case StopSwitchback():
                 if self._switchback is not None:
                     self._switchback.end()
-            case SetDepth(num_steps):
+            case SetDepth(num_steps, for_steps):
                 assert self._depth is not None
-                self._depth.set(num_steps)
+                self._depth.set(num_steps, for_steps)
             case ExportEmbedding():
                 self._export.begin(order, swapper.model.model.embed_tokens, swapper.device)
             case FinishExport():
@@ -298,7 +298,7 @@ class Runtime:
             raise SwapError(f"a switchback with version {running.version} runs; stop it first")
         if request.version == swapper.incumbent:
             raise SwapError(f"version {request.version} is in service; a switchback wants another one")
-        if self._depth is not None and self._depth.num_steps == 0:
+        if self._depth is not None and self._depth.lasting == 0:
             raise SwapError("nothing is drafted at depth 0; raise the depth before a switchback")
         self._stage(request)
         self._orders.send(request)
@@ -316,7 +316,7 @@ class Runtime:
         assert depth is not None
         if refusal := depth.refusal(request.num_steps):
             raise SwapError(refusal)
-        if depth.num_steps == request.num_steps:
+        if depth.lasts(request.num_steps):
             return
         if self._running is not None:
             self._orders.send(StopSwitchback())
@@ -352,7 +352,7 @@ class Runtime:
             capture_refused=self._launch.capture_refused,
             version=self._swapper.incumbent if self._swapper else 0,
             generation_prompt=self.fuse.run(generation_prompt, self._scheduler.tokenizer, is_vital=True) or [],
-            depth=depth.num_steps,
+            depth=depth.lasting,
             depths=depth.available,
             depth_refused=depth.refused,
         )

@@ -38,7 +38,7 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
     generation_prompt: list[int]
     """tokens the chat template writes before an answer; empty where there is no template"""
     depth: int = 0
-    """draft steps of the next decode step; 0 means that nothing is drafted"""
+    """draft steps, those of a `SetDepth` for some steps left out; 0 means that nothing is drafted"""
     depths: list[int] = []
     """what `SetDepth` may choose from; one where the depth is fixed"""
     depth_refused: str = ""
@@ -207,9 +207,13 @@ class StopSwitchback(msgspec.Struct, tag=True, frozen=True):
 
 
 class SetDepth(msgspec.Struct, tag=True, frozen=True):
-    """Draft so many tokens per verify step from the next one on; ends a switchback where it changes anything."""
+    """Draft so many tokens per verify step from the next one on; ends a switchback where it changes anything.
+
+    for_steps: decode steps after which the server returns by itself to the depth it had; 0: until told.
+    """
 
     num_steps: Annotated[int, msgspec.Meta(ge=0, le=64)]
+    for_steps: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
 
 
 class RenewPrefixes(msgspec.Struct, tag=True, frozen=True):

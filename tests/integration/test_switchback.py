@@ -165,6 +165,20 @@ def test_depth_changes_under_load_change_no_answer_and_lose_no_row(served, captu
         assert all((verify.num_correct[i], verify.num_committed[i]) == (0, 1) for i in undrafted)
 
 
+def test_a_depth_for_some_steps_ends_after_them_and_changes_no_answer(served, capture, before, fresh):
+    ack = served.control.acknowledged(SetDepth(0, for_steps=7))
+    hello, status = served.control.request(GetHello()), served.control.request(GetStatus())
+
+    answers, samples = capture.send(PROMPTS, max_tokens=MAX_TOKENS)
+
+    undrafted = [sample.verify.num_drafted.count(0) for sample in samples]
+    assert ack.is_ok
+    assert (hello.depth, status.depth) == (NUM_DRAFT_STEPS, 0)
+    assert served.control.request(GetStatus()).depth == NUM_DRAFT_STEPS
+    assert max(undrafted) <= 7 <= sum(undrafted)
+    assert texts(answers) == before
+
+
 def test_samples_served_at_depth_zero_walk_as_if_drafted_and_the_draft_is_warm_afterwards(
     served, capture, second, embed_VD, fresh
 ):

@@ -76,6 +76,33 @@ def test_a_depth_that_was_set_is_applied_at_the_next_decode_step_and_not_before(
     assert worker.speculative_num_steps == 3
 
 
+def test_a_depth_for_some_steps_ends_by_itself_and_by_word():
+    worker, ran = Worker(), []
+    depth = Depth(worker, "")
+    worker.adaptive_controller.init_states(None)
+
+    def run(num_steps: int) -> None:
+        for _ in range(num_steps):
+            ran.append((depth.num_steps, depth.lasting))
+            worker.adaptive_controller.activate_step_by_batch(1)
+            assert worker.speculative_num_steps == ran[-1][0], "what is said before a step is what runs in it"
+
+    depth.set(0, for_steps=2)
+    run(3)
+    depth.set(0, for_steps=5)
+    run(1)
+    is_at_rest = depth.lasts(3)
+    depth.set(3)
+    run(1)
+    depth.set(0)
+    depth.set(3, for_steps=1)
+    run(2)
+
+    assert ran == [(0, 3), (0, 3), (3, 3), (0, 3), (3, 3), (3, 0), (0, 0)]
+    assert not is_at_rest
+    assert depth.lasts(0)
+
+
 def test_a_depth_that_was_not_prepared_is_refused_with_those_that_were():
     depth = Depth(Worker(), "")
 
