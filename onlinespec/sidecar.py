@@ -19,6 +19,7 @@ import msgspec
 import torch
 
 from onlinespec.config import Config
+from onlinespec.courtesy import step_back
 from onlinespec.draft.config import read_target
 from onlinespec.draft.header import aux_layers
 from onlinespec.draft.place import bound_memory
@@ -52,7 +53,6 @@ from onlinespec.wire.messages import (
 )
 from onlinespec.wire.sockets import ControlClient
 
-_NICE = 10
 _KEY_BYTES = 32
 _MAX_TENANTS = 1000
 _RECEIVE_SLICE_S = 1.0
@@ -381,7 +381,7 @@ def main() -> None:
     """`python -m onlinespec.sidecar RUN_DIR`, started by `serve`."""
     root = Path(sys.argv[1])
     config = load_config([RunPaths(root).resolved_config])
-    os.nice(_NICE)
+    step_back()
     torch.set_num_threads(config.trainer.num_threads)
     bound_memory(config.trainer.device, config.trainer.max_memory_gb)
     Sidecar(root).run()

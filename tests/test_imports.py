@@ -17,6 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
     "paths": set(),
+    "courtesy": set(),
     "cpu": set(),
     "config": set(),
     "resolve": {"errors", "config"},
@@ -43,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "promote": {"errors", "config", "paths", "wire", "launch", "draft", "gate", "versions"}
     | {"offers", "service", "trial", "watch", "depth"},
     "sidecar": {"errors", "config", "resolve", "paths", "wire", "launch", "draft", "trainer", "gate", "versions"}
-    | {"promote", "record", "target", "intake", "sides"},
+    | {"promote", "record", "target", "intake", "sides", "courtesy"},
     "provision": {"errors", "config", "paths", "draft", "versions"},
     "operate": {"errors", "paths", "wire", "launch", "versions"},
     "history": {"paths", "launch", "versions"},
@@ -51,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"provision"},
     "doctor": {"errors", "plugin"},
     "bench": {"errors", "config", "resolve", "paths", "wire", "launch", "cpu", "draft", "trainer", "gate", "versions"}
-    | {"record", "watch", "intake", "sides", "provision", "operate", "world"},
+    | {"record", "watch", "intake", "sides", "provision", "operate", "world", "courtesy"},
     "demo": {"errors", "resolve", "paths", "wire", "launch", "versions", "operate", "bench", "world"},
     "cli": {
         "errors",

@@ -5,7 +5,6 @@ in the run directory's config), the same swap. What it has not is a gate: every 
 weights go into service as they are. The journal knows nothing of it.
 """
 
-import os
 import signal
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 
 from onlinespec.bench.arms import SWAP_EVERY_STEPS
+from onlinespec.courtesy import step_back
 from onlinespec.draft.checkpoint import read_draft, write_draft
 from onlinespec.draft.fresh import read_embedding
 from onlinespec.draft.header import digest
@@ -27,7 +27,6 @@ from onlinespec.versions.store import VersionStore
 from onlinespec.wire.messages import RequestEnded, RequestStarted, Swap
 from onlinespec.wire.sockets import ControlClient
 
-_NICE = 10
 _RECEIVE_SLICE_S = 1.0
 
 
@@ -86,7 +85,7 @@ class Recipe:
 
 
 def main() -> None:
-    os.nice(_NICE)
+    step_back()
     Recipe(Path(sys.argv[1])).run()
 
 
