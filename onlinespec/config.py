@@ -138,8 +138,7 @@ class TrainerConfig(Section, frozen=True):
     lora_targets: Names = _LORA_TARGETS
     """matrices that get an adapter; everything else is frozen"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the forward and backward pass and of Muon's products; masters and optimizer state are float32. auto: bfloat16
-    where the device has instructions for it, a CPU too; where it has none, that is several times slower"""
+    """of forward, backward and Muon, over float32 masters; auto: bfloat16 where the device has instructions for it"""
     checkpoint_activations: bool = False
     """recompute activations of an unroll step in the backward pass: less memory, a third more time"""
     compile: bool = False
