@@ -33,6 +33,16 @@ def build_keeper(paths: RunPaths, depth: int = 3, starts_at_zero: bool = False) 
     return DepthKeeper(FLOOR, hello, control, Journal(paths), starts_at_zero=starts_at_zero)
 
 
+def build_probing(paths: RunPaths, num_accepted: int, wall_us: int) -> DepthKeeper:
+    """Of ten verify steps so many tokens, of 40 steps at depth 3 so much time; depth 0 is being probed."""
+    keeper = build_keeper(paths)
+    keeper.accepted(num_accepted, 10)
+    keeper.costs(counted(0, 0, 0, 0, load=4), now_s=10.0)
+    keeper.costs({"decode_steps_d3_b4": 40, "decode_us_d3_b4": wall_us}, now_s=11.0)
+    keeper.keep(3, 12.0)
+    return keeper
+
+
 def counted(steps_0: int, us_0: int, steps_3: int, us_3: int, load: int) -> dict[str, int]:
     return {
         f"decode_steps_d0_b{load}": steps_0,
@@ -109,12 +119,7 @@ def test_the_first_costs_of_a_depth_that_was_never_run_before_count_in_full(path
 
 
 def test_a_probe_is_for_some_steps_asked_for_again_where_too_few_were_timed_and_then_over(paths, server):
-    keeper = build_keeper(paths)
-    keeper.accepted(30, 10)
-    keeper.costs(counted(0, 0, 0, 0, load=4), now_s=10.0)
-    keeper.costs({"decode_steps_d3_b4": 40, "decode_us_d3_b4": 600_000}, now_s=11.0)
-
-    keeper.keep(3, 12.0)
+    keeper = build_probing(paths, 30, 600_000)
     depths = [keeper.num_steps]
     keeper.costs(counted(12, 120_000, 40, 600_000, load=4), now_s=13.0)
     keeper.keep(3, 13.0)
@@ -129,12 +134,7 @@ def test_a_probe_is_for_some_steps_asked_for_again_where_too_few_were_timed_and_
 
 
 def test_a_probe_that_shows_the_other_depth_faster_is_followed_by_a_change_that_lasts(paths, server):
-    keeper = build_keeper(paths)
-    keeper.accepted(14, 10)
-    keeper.costs(counted(0, 0, 0, 0, load=4), now_s=10.0)
-    keeper.costs({"decode_steps_d3_b4": 40, "decode_us_d3_b4": 1_000_000}, now_s=11.0)
-
-    keeper.keep(3, 12.0)
+    keeper = build_probing(paths, 14, 1_000_000)
     keeper.costs(counted(24, 240_000, 40, 1_000_000, load=4), now_s=13.0)
     keeper.keep(3, 13.0)
 
@@ -144,11 +144,7 @@ def test_a_probe_that_shows_the_other_depth_faster_is_followed_by_a_change_that_
 
 
 def test_a_trial_ends_a_probe(paths, server):
-    keeper = build_keeper(paths)
-    keeper.accepted(30, 10)
-    keeper.costs(counted(0, 0, 0, 0, load=4), now_s=10.0)
-    keeper.costs({"decode_steps_d3_b4": 40, "decode_us_d3_b4": 600_000}, now_s=11.0)
-    keeper.keep(3, 12.0)
+    keeper = build_probing(paths, 30, 600_000)
 
     depths = [keeper.settle(), keeper.settle()]
 
