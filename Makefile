@@ -131,10 +131,11 @@ $(BENCH)/kv-modes.done: | $(READY)
 	$(KEEP)
 
 # On a GPU machine, in an environment with onlinespec[gpu,dev]: make gpu PYTHON=python. Some checks alone: ONLY="boots rows",
-# one part: PART=2, within a loan of ten minutes: SECONDS=570, what would run: DRY=1. The same command goes on.
+# one part: PART=2, within a loan of ten minutes: SECONDS=520, what was found in one file: PACK=a.tgz, what would run:
+# DRY=1. The same command goes on.
 gpu:
 	$(PYTHON) benchmarks/gpu/checks.py runs/gpu $(if $(ONLY),--only $(ONLY)) $(if $(PART),--part $(PART)) \
-		$(if $(SECONDS),--seconds $(SECONDS)) $(if $(DRY),--dry-run)
+		$(if $(SECONDS),--seconds $(SECONDS)) $(if $(PACK),--pack $(PACK)) $(if $(DRY),--dry-run)
 
 # What a GPU machine without a network needs beside torch 2.11, about 50 MB each: carry one, and try 0.5.23 first.
 gpu-kit: gpu-kit/sglang-0.5.23.tar.xz gpu-kit/sglang-0.5.17.tar.xz

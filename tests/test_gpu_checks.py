@@ -4,8 +4,8 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+import tarfile
 import time
-import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -136,6 +136,75 @@ def test_nothing_is_started_that_the_time_left_cannot_hold(scripts, monkeypatch,
 
     assert not is_whole
     assert list(tmp_path.iterdir()) == []
+
+
+def made_by(monkeypatch, checks, status: int, least_s: float = 0.0) -> None:
+    """A model made by a command of that status, which fails where an earlier try left anything."""
+    make = "import os, sys; os.mkdir(sys.argv[1]); open(f'{sys.argv[1]}/part', 'w'); sys.exit(int(sys.argv[2]))"
+    monkeypatch.setattr(checks, "cannot", lambda check, out: "")
+    monkeypatch.setattr(
+        checks, "PREPARED", {"model": (least_s, (sys.executable, "-c", make, "OUT/model", str(status)))}
+    )
+
+
+def test_a_model_whose_making_broke_off_is_made_anew_and_one_that_is_made_is_not(scripts, monkeypatch, tmp_path):
+    import checks
+    from plan import Check
+
+    check = Check("asks", "", "", ((sys.executable, "-c", ""),), needs=("model",), has_server=False)
+
+    found = []
+    for status in (3, 0, 0):
+        made_by(monkeypatch, checks, status)
+        found.append(checks.run_all([check], tmp_path, 1, float("inf")))
+
+    assert found == [False, True, True]
+    assert (tmp_path / "model" / "part").exists()
+
+
+def test_a_model_is_not_begun_in_less_time_than_it_wants_and_the_next_call_goes_on(scripts, monkeypatch, tmp_path):
+    import checks
+    from plan import Check
+
+    made_by(monkeypatch, checks, 0, least_s=300.0)
+    check = Check("asks", "", "", ((sys.executable, "-c", ""),), needs=("model",), has_server=False)
+
+    is_whole = checks.run_all([check], tmp_path, None, time.monotonic() + 300.0)
+
+    assert not is_whole
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("left", "is_out"), [((), False), (("boots-1.log",), True), (("boots-1.log", "boots.json"), False)]
+)
+def test_where_no_server_boots_the_checks_that_want_one_are_left_out(scripts, monkeypatch, tmp_path, left, is_out):
+    import checks
+    from plan import Check
+
+    for name in ("has_sglang", "has_plugin"):
+        monkeypatch.setattr(checks, name, lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in left:
+        (tmp_path / name).touch()
+
+    found = [checks.cannot(Check(name, "", "", ()), tmp_path) for name in ("boots", "rows")]
+
+    assert found == ["", "no server boots here, see boots-1.log" if is_out else ""]
+
+
+def test_an_archive_has_what_was_found_and_no_model(scripts, tmp_path):
+    import checks
+
+    files = ("rows.json", "rows-1.log", "demo/demo.png", "demo/versions/1/config.json", "middle/trained.json", "a.bin")
+    for name in files:
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).touch()
+
+    checks.pack(tmp_path / "out", tmp_path / "found.tgz")
+
+    with tarfile.open(tmp_path / "found.tgz") as archive:
+        assert sorted(archive.getnames()) == ["demo/demo.png", "rows-1.log", "rows.json"]
 
 
 def test_a_part_over_its_limit_is_asked_to_end_so_that_it_can_end_its_server(scripts, tmp_path):
@@ -341,34 +410,3 @@ def test_a_result_names_the_versions_and_the_gpus_of_its_machine(scripts):
     assert found["versions"]["sglang"] == importlib.metadata.version("sglang")
     assert found["versions"]["torch"] == torch.__version__
     assert isinstance(found["gpus"], list)
-
-
-def test_a_kit_lacks_what_its_packages_require_and_no_list_names(scripts, tmp_path):
-    from kit_needs import lacking
-
-    requires = ('Here>=2; sys_platform == "linux"', "there_too<3", "not-there", 'extra-only; extra == "all"')
-    for name, requirements in (("here", ()), ("asks", requires)):
-        folder = tmp_path / f"{name}-1.dist-info"
-        folder.mkdir()
-        lines = [f"Name: {name}", "Version: 1", *(f"Requires-Dist: {requirement}" for requirement in requirements)]
-        (folder / "METADATA").write_text("\n".join(["Metadata-Version: 2.1", *lines]))
-
-    found = lacking(importlib.metadata.distributions(path=[str(tmp_path)]), {"there-too"})
-
-    assert found == ["asks wants not-there"]
-
-
-def test_the_kit_and_the_image_hold_what_their_packages_and_we_require(scripts):
-    from kit_needs import lacking, names_in
-    from packaging.requirements import Requirement
-    from packaging.utils import canonicalize_name
-
-    kit, image, left_out = (names_in(HERE / f"{name}.txt") for name in ("kit-0.5.23", "image", "kit-left-out"))
-    packages = {canonicalize_name(package.metadata["Name"]): package for package in importlib.metadata.distributions()}
-    ours = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-
-    found = lacking([packages[name] for name in kit & packages.keys()], kit | image | left_out)
-
-    assert found == []
-    assert {canonicalize_name(Requirement(line).name) for line in ours} <= kit | image
-    assert left_out.isdisjoint(kit | image)

@@ -6,7 +6,17 @@ OUT/summary.json says what became of each and is written after each; the same co
 not succeeded. With --seconds nothing outlasts them. OUT also gets the models made here, 17 GB: keep it out of git, and
 copy what is to stay to benchmarks/results.
 
-Run: python benchmarks/gpu/checks.py OUT [--only boots rows ...] [--part 2] [--seconds 570] [--dry-run]
+Run: python benchmarks/gpu/checks.py OUT [--only boots rows ...] [--part 2] [--seconds 520] [--pack FILE] [--dry-run]
+
+On a machine that is lent for a while, takes one folder of small files back, and has neither a network nor a package
+of ours (the kit lies in gpu-kit/; --seconds leaves time to unpack it and to pack what was found):
+
+    mkdir -p /tmp/site && tar -C /tmp/site -xJf gpu-kit/sglang-0.5.23.tar.xz && PYTHONPATH=/tmp/site:$PWD \
+        python3 benchmarks/gpu/checks.py runs/gpu --only kernels boots rows --seconds 520 --pack BACK/gpu.tgz
+
+All of it is an hour and a half by guess. For half an hour: kernels, boots, rows; then closes, swap, trainer; then
+tap with --part 3, duty with --part 2, goodput with --part 2. Figures are meant for an H200: a GPU of 80 GB has no
+place for duty's trainer beside the server.
 """
 
 import argparse
@@ -21,6 +31,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import time
 from pathlib import Path
 
@@ -37,6 +48,7 @@ ENVIRONMENT = {
     "COLUMNS": "200",
     "PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT)))),
     "SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK": "1",  # the kit's kernels are those that torch 2.11 loads
+    "SGLANG_ENABLE_JIT_DEEPGEMM": "0",  # 0.5.17 takes the kit's stand-in for the package
 }
 PREPARING = {**ENVIRONMENT, "OMP_NUM_THREADS": "8"}
 """no server runs meanwhile"""
@@ -44,6 +56,9 @@ SHAPES_GB = 20
 STOP_S = 45
 MIN_PART_S = 120
 """a server takes this long to start"""
+BOOTS = "boots"
+"""the check that tells whether a server starts at all: it writes its JSON then, be the rows right or not"""
+PACKED = ("*.json", "*.log", "*.png", "*/*.json", "*/*.log", "*/*.png")
 
 
 def has_sglang() -> bool:
@@ -78,7 +93,7 @@ def has_python_header() -> bool:
 
 def has_room(out: Path) -> bool:
     """For the 8B shapes, or they are there."""
-    return (out / "shapes").exists() or shutil.disk_usage(ROOT).free >= SHAPES_GB * 2**30
+    return is_made("shapes", out) or shutil.disk_usage(ROOT).free >= SHAPES_GB * 2**30
 
 
 def lacking(out: Path) -> list[str]:
@@ -109,6 +124,8 @@ def cannot(check: Check, out: Path) -> str:
         return "no sglang that finds onlinespec's plugin"
     if check.has_counters and not has_counters():
         return "this SGLang's OpenAI API does not tell a request's verify steps"
+    if check.has_server and check.name != BOOTS and (out / f"{BOOTS}-1.log").exists() and not boots_json(out).exists():
+        return f"no server boots here, see {BOOTS}-1.log"
     if "shapes" in check.needs and not has_room(out):
         return "too little disk for the 8B shapes"
     return ""
@@ -152,15 +169,25 @@ def play(command: Words, out: Path, log: Path, limit_s: float, environment: dict
     return "over the time limit"
 
 
-def prepare(name: str, out: Path, deadline_s: float) -> str:
-    """Make what checks need where it is not there. Why it is not there in the end; empty where it is."""
-    marker, command = PREPARED[name]
-    if not (out / name / marker).exists():
-        print(f"preparing {name}", flush=True)
-        limit_s = min(PART_S, deadline_s - time.monotonic() - STOP_S)
-        status = play(command, out, out / f"{name}.log", max(1.0, limit_s), PREPARING)
-        if status != 0:
-            return f"{name}: {status}, see {name}.log"
+def is_made(name: str, out: Path) -> bool:
+    return (out / f"{name}.made").exists()
+
+
+def prepare(name: str, out: Path, deadline_s: float) -> str | None:
+    """Make what checks need where it is not there. Why it is not there in the end; empty where it is, None where too
+    little time is left."""
+    least_s, command = PREPARED[name]
+    if is_made(name, out):
+        return ""
+    limit_s = min(PART_S, deadline_s - time.monotonic() - STOP_S)
+    if limit_s < least_s:
+        return None
+    print(f"preparing {name}", flush=True)
+    shutil.rmtree(out / name, ignore_errors=True)  # of a try that was cut off
+    status = play(command, out, out / f"{name}.log", limit_s, PREPARING)
+    if status != 0:
+        return f"{name}: {status}, see {name}.log"
+    (out / f"{name}.made").touch()
     return ""
 
 
@@ -177,7 +204,11 @@ def forget(command: Words, out: Path) -> None:
 def run(check: Check, number: int, out: Path, deadline_s: float) -> dict[str, object] | None:
     """A row of the summary; None where too little time is left."""
     key = {"check": check.name, "part": number, "goal": check.goal}
-    why = cannot(check, out) or next(filter(None, (prepare(name, out, deadline_s) for name in check.needs)), "")
+    why: str | None = cannot(check, out)
+    for name in check.needs:
+        why = why or prepare(name, out, deadline_s)
+        if why is None:
+            return None
     if why:
         return {**key, "status": f"left out: {why}"}
     began_s = time.monotonic()
@@ -218,8 +249,8 @@ def run_all(checks: list[Check], out: Path, part: int | None, deadline_s: float)
 def dry_run(checks: list[Check], out: Path) -> int:
     """Say what would run. 1 where a command names a file or an option that is not there."""
     missing = []
-    for name, (_, command) in PREPARED.items():
-        print(f"{name}, made where a check needs it, at most {PART_S} s:\n  " + shown(command))
+    for name, (least_s, command) in PREPARED.items():
+        print(f"{name}, made where a check needs it and {least_s} s are left, at most {PART_S} s:\n  " + shown(command))
         missing += [f"{name}: {told}" for told in unresolved(command) + unknown_options(command)]
     for check in checks:
         why = cannot(check, out)
@@ -234,6 +265,18 @@ def dry_run(checks: list[Check], out: Path) -> int:
     return 1 if missing else 0
 
 
+def pack(out: Path, file: Path) -> None:
+    """What was found, without the models: JSON, logs and plots."""
+    with tarfile.open(file, "w:gz") as archive:
+        for path in sorted({path for pattern in PACKED for path in out.glob(pattern)}):
+            if path.relative_to(out).parts[0] not in PREPARED:
+                archive.add(path, path.relative_to(out))
+
+
+def boots_json(out: Path) -> Path:
+    return out / f"{BOOTS}.json"
+
+
 def shown(command: Words) -> str:
     return " ".join(command).replace(PYTHON, "python")
 
@@ -244,6 +287,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=[check.name for check in CHECKS])
     parser.add_argument("--part", type=int, help="only this one of each check, whatever became of it before")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="that may be spent here")
+    parser.add_argument("--pack", type=Path, help="where an archive of the results goes at the end, .tgz")
     parser.add_argument("--dry-run", action="store_true", help="say what would run; fails where a file is missing")
     options = parser.parse_args()
     out = options.out.absolute()
@@ -253,7 +297,11 @@ def main() -> int:
     if options.dry_run:
         return dry_run(wanted, out)
     out.mkdir(parents=True, exist_ok=True)
-    return 0 if run_all(wanted, out, options.part, time.monotonic() + options.seconds) else 1
+    try:
+        return 0 if run_all(wanted, out, options.part, time.monotonic() + options.seconds) else 1
+    finally:
+        if options.pack:
+            pack(out, options.pack)
 
 
 if __name__ == "__main__":

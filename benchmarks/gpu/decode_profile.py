@@ -11,6 +11,7 @@ import argparse
 import gzip
 import itertools
 import json
+import shutil
 import sys
 import threading
 import time
@@ -48,7 +49,8 @@ def drain(endpoint: str, is_done: threading.Event) -> None:
 
 def record(base_url: str, folder: Path, num_steps: int) -> Path:
     """The trace of so many steps. Source: SGLang 0.5.23 managers/io_struct.py ProfileReq."""
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier try's trace would pass for this one's
+    folder.mkdir(parents=True)
     activities = ["CPU", "GPU"] if torch.cuda.is_available() else ["CPU"]
     body = {"output_dir": str(folder.absolute()), "num_steps": num_steps, "activities": activities}
     headers = {"content-type": "application/json"}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Packs SGLang for a GPU machine without a network: Python 3.12, CUDA 13, torch 2.11 (cu130), sm_90, beside what is in
-# image.txt. Fails where a package of the kit requires another that is in no list here.
+# image.txt. Fails where a package of the kit requires another that is in no list here, or imports one that is left out.
 # Left out: FlashAttention 3 (1.1 GB), other architectures, test and diffusion code: checks.py serves with
 # --attention-backend triton then. In it is the entry point by which SGLang finds our plugin in an onlinespec that is
 # on PYTHONPATH and not installed.
@@ -32,7 +32,9 @@ info=$site/onlinespec-0.dist-info
 mkdir "$info"
 printf 'Metadata-Version: 2.1\nName: onlinespec\nVersion: 0\n' > "$info/METADATA"
 printf '[sglang.srt.plugins]\nonlinespec = onlinespec.plugin.entry:register\n' > "$info/entry_points.txt"
+cp -r "$here/stand_ins/$version/." "$site"
 "$python" "$here/kit_needs.py" "$site"
+"$python" "$here/kit_imports.py" "$site"
 find "$site" -name __pycache__ -prune -exec rm -rf {} +
 tar -C "$site" -c . | xz -T0 -9 > "$out"
 du -h "$out"

@@ -65,11 +65,11 @@ REQUESTS = {"1": "300", "8": "1500", "32": "4000", "64": "8000"}
 """by users, of a phase: meant for about a minute each, which nothing has measured"""
 
 PREPARED = {
-    "middle": ("trained.json", script("gpu/middle", "OUT/middle")),
-    "first": ("train/draft/config.json", script("first_draft", "OUT/first", *MIDDLE, *ON_GPU)),
-    "shapes": ("prompts.jsonl", script("gpu/shapes", "OUT/shapes")),
+    "middle": (420, script("gpu/middle", "OUT/middle")),
+    "first": (150, script("first_draft", "OUT/first", *MIDDLE, *ON_GPU)),
+    "shapes": (180, script("gpu/shapes", "OUT/shapes")),
 }
-"""Name in OUT -> what is there when it is done, and the command; each may need those before it."""
+"""Name in OUT -> seconds it may want, by guess, and the command; each may need those before it."""
 
 CHECKS = (
     Check(

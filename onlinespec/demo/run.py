@@ -59,6 +59,7 @@ def run_demo(
     with paths.log.open("wb") as log:
         command = serve_command(paths, port, overrides, target or WORLD, sglang_flags)
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the server would outlive us otherwise
     try:
         wait_ready(paths, server, console)
         result = asyncio.run(_play(paths, f"http://127.0.0.1:{port}", tokens_per_phase, overrides, console))

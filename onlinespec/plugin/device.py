@@ -92,8 +92,10 @@ class CudaEvent:
     def __init__(self, stream: torch.cuda.Stream):
         self.event = torch.cuda.Event(blocking=True)
         self.event.record(stream)
+        self._index = stream.device_index
 
     def wait(self) -> None:
+        torch.cuda.set_device(self._index)  # see `CudaDevice`
         self.event.synchronize()
 
     def is_done(self) -> bool:
@@ -103,17 +105,21 @@ class CudaEvent:
 class CudaDevice:
     """A GPU. forward_stream: None where forwards run on the scheduler thread's current stream.
 
+    What threads of ours may call first makes this GPU theirs: a thread begins with number 0, and would make a context
+    of hundreds of megabytes on it, which is another rank's.
+
     Source: SGLang 0.5.23 managers/scheduler.py run_batch: only the overlap schedule enters forward_stream_ctx.
     """
 
     def __init__(self, device: torch.device, forward_stream: torch.cuda.Stream | None):
-        self._device = device
+        self._device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self._forward_stream = forward_stream
         # torch deals streams of one priority in turn from a pool, and again those in use. SGLang's (forward, schedule,
         # copy) all have the default one; behind a copy of rows, any of them would be late. A copy gains nothing by it.
         self._side = torch.cuda.Stream(device, priority=-1)
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        torch.cuda.set_device(self._device)
         return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
 
     def copy(self, destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
@@ -123,6 +129,7 @@ class CudaDevice:
             destination.copy_(source, non_blocking=True)
 
     def copy_aside(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Event | None = None) -> Event:
+        torch.cuda.set_device(self._device)
         event = self.mark() if after is None else after
         with torch.cuda.stream(self._side):
             self.follow(event)

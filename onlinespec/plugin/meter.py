@@ -4,7 +4,8 @@ Tokens are those the commit made visible. The cost of a step is the time from on
 scheduler to the next, which is what a request waits for its next tokens, copies and bookkeeping included.
 It is comparable only where nothing else ran in between: an interval with a prefill, an order of ours, a
 weight update or an idle or paused look for requests in it is dropped, not estimated. Under overlap scheduling
-the scheduler waits there for the step before, so the interval counts only where that one was of the same kind.
+the scheduler waits there for the step before, and what that one took is the interval's length. So it counts only where
+that one was of the same kind, and was not the first of its kind either, before which weights may have been copied.
 """
 
 import time
@@ -52,7 +53,8 @@ class Step:
     block: _Block | None
     """None outside a switchback, and for the first step of a block"""
     began_ns: int
-    is_settled: bool
+    num_before: int = 0
+    """decode steps of the same kind right before it"""
     num_tokens: int | None = None
     num_requests: int | None = None
     wall_ns: int | None = None
@@ -79,7 +81,7 @@ class Meter:
     ):
         self._counters = counters
         self._say = say
-        self._is_overlapped = is_overlapped
+        self._num_before_settled = 2 if is_overlapped else 0
         self._clock_ns = clock_ns
         self._last: Step | None = None
         self._num_looks = 0
@@ -103,10 +105,10 @@ class Meter:
             self._block = _Block()
         block = self._block if turn is not None and turn.place.step else None
         load = 1 << (num_requests - 1).bit_length()
-        step = Step(num_draft_steps, load, turn, block, now_ns, is_settled=not self._is_overlapped)
+        step = Step(num_draft_steps, load, turn, block, now_ns)
         if last is not None and last.kind == step.kind:
-            step.is_settled = True
-            if last.is_settled:
+            step.num_before = last.num_before + 1
+            if last.num_before >= self._num_before_settled:
                 last.wall_ns = now_ns - last.began_ns
                 self._settle(last)
         self._last = step

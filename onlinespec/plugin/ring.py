@@ -39,7 +39,7 @@ class Slot:
         self._release.atexit = False
 
     def like(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Uninitialised views of the slot, one for each tensor's shape and dtype."""
+        """Uninitialised views of the slot, one for each tensor's shape and dtype; of the sizes it was taken for."""
         views, start = [], 0
         for tensor in tensors:
             views.append(self._bytes[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
@@ -59,9 +59,9 @@ class Ring:
         self._spans: deque[_Span] = deque()
         self._lock = threading.Lock()
 
-    def take(self, tensors: Sequence[torch.Tensor]) -> Slot | None:
-        """Room for tensors of these shapes and dtypes; None where there is none now."""
-        num_bytes = sum(_aligned(tensor.nbytes) for tensor in tensors)
+    def take(self, sizes: Sequence[int]) -> Slot | None:
+        """Room for tensors of so many bytes each; None where there is none now."""
+        num_bytes = sum(map(_aligned, sizes))
         with self._lock:
             while self._spans and self._spans[0].is_free:
                 self._spans.popleft()

@@ -35,6 +35,14 @@ class RowCopier:
         self._teacher_top_k = teacher_top_k
         self._is_float8 = is_float8
 
+    def warm_up(self, place: torch.device, aux_width: int, vocab_size: int, dtype: torch.dtype) -> None:
+        """Compile and load a GPU's kernels before any request. aux_width: A*D; dtype: of the captured states."""
+        logits_1V = torch.zeros(1, vocab_size, device=place)
+        for lens_1 in (None, torch.ones(1, dtype=torch.int32, device=place)):
+            teacher_of(logits_1V, self._teacher_top_k, lens_1)
+        if self._is_float8:
+            pack_rows(torch.zeros(1, aux_width, dtype=dtype, device=place))
+
     def take(
         self, aux_NA: torch.Tensor, logits_MV: torch.Tensor, accept_lens_B: torch.Tensor | None = None
     ) -> "PassRows | None":
@@ -43,13 +51,20 @@ class RowCopier:
         accept_lens: of a verify step; the rejected rows' teacher is not defined.
         Shapes: aux_NA [N, A*D], logits_MV [M, V], accept_lens_B [B] on the device.
         """
-        aux, *scales = pack_rows(aux_NA) if self._is_float8 else (aux_NA.clone(),)
-        ours = [aux, *teacher_of(logits_MV, self._teacher_top_k, accept_lens_B).tensors, *scales]
-        slot = self._ring.take(ours)
+        slot = self._ring.take(self._num_bytes(aux_NA, logits_MV))  # first: a full ring costs the device nothing
         if slot is None:
             return None
+        aux, *scales = pack_rows(aux_NA) if self._is_float8 else (aux_NA.clone(),)
+        ours = [aux, *teacher_of(logits_MV, self._teacher_top_k, accept_lens_B).tensors, *scales]
         on_host = slot.like(ours)
         return PassRows(on_host, slot, self._device.copy_aside(list(zip(on_host, ours, strict=True))))
+
+    def _num_bytes(self, aux_NA: torch.Tensor, logits_MV: torch.Tensor) -> list[int]:
+        """Of each tensor that `take` makes, in its order."""
+        num_teachers, num_tokens = logits_MV.shape
+        named = 4 * num_teachers * min(self._teacher_top_k, num_tokens)
+        aux, scales = (aux_NA.numel(), [4 * len(aux_NA)]) if self._is_float8 else (aux_NA.nbytes, [])
+        return [aux, named, named, 4 * num_teachers, *scales]
 
 
 @dataclass(frozen=True)

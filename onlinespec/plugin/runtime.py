@@ -37,7 +37,6 @@ from onlinespec.plugin.sites import Site
 from onlinespec.plugin.swap import ApplyVersion, ExpectStaged, StageVersion, Swapper
 from onlinespec.plugin.switchback import Switchback
 from onlinespec.plugin.tap import Tap
-from onlinespec.plugin.teacher import teacher_of
 from onlinespec.plugin.template import generation_prompt
 from onlinespec.resolve import load_config
 from onlinespec.wire.messages import (
@@ -104,15 +103,15 @@ class Runtime:
         self._meter = Meter(self._sender.counters, self._sender.offer, bool(scheduler.enable_overlap))
         if not self._launch.capture_refused:
             chunk_tokens = scheduler.chunked_prefill_size or scheduler.max_prefill_tokens
-            ring = build_ring(device, capture, chunk_tokens * self._aux_width, scheduler.model_config.dtype)
-            logits_1V = torch.zeros(1, int(scheduler.model_config.vocab_size), device=place)
-            for lens_1 in (None, torch.ones(1, dtype=torch.int32, device=place)):
-                teacher_of(logits_1V, capture.teacher_top_k, lens_1)  # compiles a GPU's kernels before any request
+            vocab_size, dtype = int(scheduler.model_config.vocab_size), scheduler.model_config.dtype
+            ring = build_ring(device, capture, chunk_tokens * self._aux_width, dtype)
+            copier = RowCopier(device, ring, capture.teacher_top_k, is_float8=capture.row_dtype == "float8")
+            copier.warm_up(place, self._aux_width, vocab_size, dtype)
             self._tap = Tap(
                 self._sender,
                 RequestBook(self._is_greedy()),
                 self.carrier,
-                RowCopier(device, ring, capture.teacher_top_k, is_float8=capture.row_dtype == "float8"),
+                copier,
                 lambda: swapper.version,
                 self.fuse.run,
             )

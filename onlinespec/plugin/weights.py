@@ -16,6 +16,8 @@ import torch
 
 from onlinespec.plugin.device import Device, Event
 
+_NUM_SLOTS = 2
+
 
 class Slot:
     """One version's tensors. holds: which; None while it is written, or where it was never. ready: they are there.
@@ -33,7 +35,8 @@ class Weights:
     """The parameters of one rank's draft and their two slots.
 
     model: SGLang 0.5.23 models/llama_eagle3.py LlamaForCausalLMEagle3. target: the model whose storage is left alone.
-    reserve_bytes: device memory to leave free; a slot that would take of it is pinned host memory instead.
+    reserve_bytes: device memory to leave free; slots that would take of it are pinned host memory instead, both: a
+    switchback compares what steps cost, and copies are part of them.
     """
 
     def __init__(self, model: Any, target: Any, device: Device, reserve_bytes: int):
@@ -49,19 +52,17 @@ class Weights:
         self.own = [parameter.data for parameter in self._parameters.values()]
         self._loading = self._pinned()
         torch._foreach_copy_(self._loading, self.own)  # a tensor that no version carries stays what it is
-        self.num_on_device = 0
-        """slots that are not in host memory"""
-        self.slots = [self._slot(reserve_bytes) for _ in range(2)]
+        free_bytes, num_bytes = device.free_bytes(), sum(tensor.nbytes for tensor in self.own)
+        self.are_on_device = free_bytes is None or free_bytes - _NUM_SLOTS * num_bytes >= reserve_bytes
+        """the slots; else in pinned host memory"""
+        self.slots = [self._slot() for _ in range(_NUM_SLOTS)]
         self._ready: Event = device.mark()
 
     def _pinned(self) -> list[torch.Tensor]:
         return [self._device.pinned(tensor.shape, tensor.dtype) for tensor in self.own]
 
-    def _slot(self, reserve_bytes: int) -> Slot:
-        free_bytes = self._device.free_bytes()
-        has_room = free_bytes is None or free_bytes - sum(tensor.nbytes for tensor in self.own) >= reserve_bytes
-        self.num_on_device += has_room
-        tensors = [torch.empty_like(tensor) for tensor in self.own] if has_room else self._pinned()
+    def _slot(self) -> Slot:
+        tensors = [torch.empty_like(tensor) for tensor in self.own] if self.are_on_device else self._pinned()
         torch._foreach_copy_(tensors, self.own)
         return Slot(tensors, self._device.mark())
 

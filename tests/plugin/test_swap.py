@@ -166,18 +166,18 @@ def test_a_file_that_is_refused_leaves_the_predecessor_resident(publish, swapper
     assert {slot.holds.version for slot in swapper.weights.slots} == {1, 7}
 
 
-@pytest.mark.parametrize(("free_bytes", "is_on_device"), [(10_000, True), (900, False)])
-def test_a_version_is_resident_on_the_device_where_the_reserve_allows_and_in_pinned_memory_else(
-    publish, free_bytes: int, is_on_device: bool
+@pytest.mark.parametrize(("num_drafts_free", "is_on_device"), [(2, True), (1, False), (0, False)])
+def test_versions_are_resident_on_the_device_where_the_reserve_allows_for_both_and_in_pinned_memory_else(
+    publish, num_drafts_free: int, is_on_device: bool
 ):
-    device = LateDevice(free_bytes)
+    num_bytes = sum(tensor.nbytes for tensor in build_swapper(LateDevice()).weights.own)
+    device = LateDevice(900 + num_drafts_free * num_bytes)
     swapper = build_swapper(device, reserve_bytes=900)
-    num_bytes = sum(tensor.nbytes for tensor in swapper.weights.own)
 
     stage(swapper, 7, publish())
     swapper.apply(ApplyVersion(7))
 
-    assert swapper.weights.num_on_device == 2 * is_on_device
+    assert swapper.weights.are_on_device == is_on_device
     assert device.num_pinned_bytes == num_bytes * (1 if is_on_device else 3) + 2 * 16, "and two checksums, twice"
     assert torch.equal(drafting(swapper), FUSED)
 

@@ -1,0 +1,4 @@
+"""See the package."""
+
+
+class FlashMLASchedMeta: ...
