@@ -58,6 +58,8 @@ _MAX_TENANTS = 1000
 _RECEIVE_SLICE_S = 1.0
 """longest turn of receiving before a step has its turn: several steps' time, so that training never starves judging"""
 _STATUS_S = 1.0
+_SAVES_APART = 20.0
+"""times what a checkpoint took: nothing is received or judged meanwhile, and that of an 8B target's draft is 5.6 GB"""
 _STATE_FORMAT = 3
 """of the checkpoint; one of another format is not resumed from"""
 
@@ -118,6 +120,7 @@ class Sidecar:
         self._capture_frac: float | None = None
         self._noted_verdict: Verdict | None = None
         self._saved_version = self.service.version
+        self._save_every_s = self._config.trainer.checkpoint_s
         self._is_stopped = False
         self._resume()
         if self._target.num_updates > self.service.num_target_updates():
@@ -143,7 +146,7 @@ class Sidecar:
                 self._keep_watch(time.time())
                 self._recording.poll(time.time())
                 self._report()
-            if now_s - saved_s >= self._config.trainer.checkpoint_s or self.service.version != self._saved_version:
+            if now_s - saved_s >= self._save_every_s or self.service.version != self._saved_version:
                 saved_s = now_s
                 self._save()
         self._save()
@@ -329,7 +332,7 @@ class Sidecar:
         self.counters["resumes"] += 1
 
     def _save(self) -> None:
-        self._saved_version = self.service.version
+        began_s, self._saved_version = time.monotonic(), self.service.version
         state = {
             "format": _STATE_FORMAT,
             "target_digest": self.service.target_digest,
@@ -346,6 +349,7 @@ class Sidecar:
         torch.save(state, temporary)
         sync_path(temporary)
         temporary.rename(self._paths.trainer_state)
+        self._save_every_s = max(self._config.trainer.checkpoint_s, _SAVES_APART * (time.monotonic() - began_s))
 
     def _report(self) -> None:
         steps = self.counters["verify_steps"]

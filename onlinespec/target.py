@@ -17,14 +17,14 @@ from onlinespec.wire.sockets import ControlClient
 
 
 class ServedTarget:
-    """embed_VD, float32 [V, D], is replaced in place: whoever holds it reads what the server has.
+    """embed_VD, [V, D] in the dtype of its file, is replaced in place: whoever holds it reads what the server has.
 
     exported: a directory of ours, made and removed again for each export.
     Raises: CheckpointError where no file of `model` holds the table.
     """
 
     def __init__(self, model: str, exported: Path, control: ControlClient):
-        self.embed_VD = read_embedding(model).float()
+        self.embed_VD = read_embedding(model)
         self.num_updates = 0
         """updates since the server's start that embed_VD is of"""
         self.missing = ""

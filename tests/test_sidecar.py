@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +99,18 @@ def test_what_has_trained_is_known_after_a_restart_on_another_version(paths, ser
 
     assert again.counters["resumes"] == 0
     assert [is_judge for _, is_judge, _ in told] == [False, True]
+
+
+@pytest.mark.parametrize(("took_s", "apart_s"), [(0.1, 30.0), (5.0, 100.0)])
+def test_checkpoints_that_take_long_are_made_seldom(start, monkeypatch, took_s: float, apart_s: float):
+    sidecar, now_s = start(), [7.0]
+    clock = SimpleNamespace(monotonic=lambda: now_s[0], time=time.time)
+    monkeypatch.setattr("onlinespec.sidecar.time", clock)
+    monkeypatch.setattr("onlinespec.sidecar.sync_path", lambda path: now_s.append(now_s.pop() + took_s))
+
+    sidecar._save()
+
+    assert sidecar._save_every_s == pytest.approx(apart_s)
 
 
 @pytest.mark.parametrize(

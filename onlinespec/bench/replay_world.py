@@ -127,7 +127,7 @@ def build_world(
     """
     start = "init" if draft == FIRST else draft
     draft_config, weights = read_start(start, target, seed=0)
-    shape = Shape(draft_config, read_embedding(target).float(), num_draft_steps)
+    shape = Shape(draft_config, read_embedding(target), num_draft_steps)
     oracles: dict[str, dict[str, torch.Tensor]] = {}
     for domain, samples in pools.train.items():
         made_from = {"recordings": pools.digests[domain], "passes": oracle_passes, "draft": start}

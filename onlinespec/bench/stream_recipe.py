@@ -40,7 +40,7 @@ class Recipe:
         torch.set_num_threads(config.trainer.num_threads)
         self._draft_config, weights = read_draft(self._paths.version(launch.version))
         is_fresh = VersionStore(self._paths).manifest(launch.version).provenance.is_fresh
-        self._learner = Learner(config, self._draft_config, weights, read_embedding(launch.model).float(), is_fresh)
+        self._learner = Learner(config, self._draft_config, weights, read_embedding(launch.model), is_fresh)
         self._control = ControlClient(self._paths.control_endpoint)
         self._intake = Intake(self._paths.samples_endpoint, config.buffer)
         self._version = launch.version

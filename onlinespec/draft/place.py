@@ -34,7 +34,8 @@ def placed(value: _T, device: torch.device) -> _T:
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the device has instructions that multiply bfloat16; an older torch cannot say it of a CPU."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):  # torch asks the current one
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(found.get(name, False) for name in _CPU_BFLOAT16)
 

@@ -20,11 +20,13 @@ from onlinespec.draft.sample import Sample, VerifySteps
 
 MAX_ROWS = 512
 """of one unroll: its scores and logits, a long answer's over a long prompt, are what a walk takes of a GPU's memory"""
+MAX_SCORES = 2**28
+"""of one draft step, over all heads: a gigabyte in float32, so fewer rows at once behind a very long prompt"""
 
 
 @torch.no_grad()
 def matches_each(drafts: Sequence[Draft], sample: Sample, embed_VD: torch.Tensor, num_steps: int) -> list[torch.Tensor]:
-    """Whether each draft's tokens equal the emitted ones. Rows are built once for all drafts, `MAX_ROWS` at a time.
+    """Whether each draft's tokens equal the emitted ones. Rows are built once for all drafts, so many at a time.
 
     Row r is the verify step that starts at position num_prompt_tokens + r, up to the last token; column k is
     drafted token k + 1. False where the sample has ended or the row was not captured.
@@ -33,13 +35,16 @@ def matches_each(drafts: Sequence[Draft], sample: Sample, embed_VD: torch.Tensor
     """
     results = [torch.zeros(sample.num_answer_tokens, num_steps, dtype=torch.bool) for _ in drafts]
     all_positions = draft_positions(sample)
-    for positions_N in all_positions.split(MAX_ROWS) if all_positions.numel() else ():
-        rows = build_rows([sample], [positions_N], embed_VD, num_steps)
+    if not drafts or not all_positions.numel():
+        return results
+    num_heads = max(draft.config.num_heads for draft in drafts)
+    for positions_N in all_positions.split(max(1, min(MAX_ROWS, MAX_SCORES // (num_heads * sample.num_tokens)))):
+        rows = placed(build_rows([sample], [positions_N], embed_VD, num_steps), drafts[0].device)
         emitted_NK = positions_N[:, None] + torch.arange(2, num_steps + 2)
         is_emitted_NK = emitted_NK < sample.num_tokens
         tokens_NK = sample.tokens_T[emitted_NK.clamp_max(sample.num_tokens - 1)]
         for draft, found_RK in zip(drafts, results, strict=True):
-            drafted_NK = draft.unroll(placed(rows, draft.device)).argmax(-1).T.cpu()
+            drafted_NK = draft.unroll(rows).argmax(-1).T.cpu()
             if draft.target_ids_W is not None:
                 drafted_NK = draft.target_ids_W[drafted_NK]
             found_RK[positions_N + 1 - sample.num_prompt_tokens] = (drafted_NK == tokens_NK) & is_emitted_NK

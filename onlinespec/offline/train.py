@@ -99,7 +99,7 @@ class Training:
         self._draft_config, weights = self._read_draft()
         gate = plan.config.gate
         self.survey = survey(self.recording, plan.eval_frac, plan.eval_samples, gate.max_missing_frac)
-        self._embed_VD = read_embedding(plan.target).float()
+        self._embed_VD = read_embedding(plan.target)
         is_free = is_fresh(plan.draft) or plan.config.trainer.kv_mode == "auto"  # no server holds KV of this draft
         self._learner = Learner(plan.config, self._draft_config, weights, self._embed_VD, is_free)
         self._stream = Stream(self.recording, plan.eval_frac, plan.epochs, self.survey.span_s)

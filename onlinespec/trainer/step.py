@@ -151,6 +151,7 @@ class Trainer:
     def _backward(self, batch: Batch, weight_K: torch.Tensor, terms: Terms) -> float:
         """Add one batch's gradients; its share of the loss."""
         config = self._config
+        weight_M = weight_K.to(self._device)[batch.chains.step_M]  # before: it would wait for what is launched
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._is_half):
             states_MD = self.draft.states(batch.rows).flatten(0, 1)[batch.kept_M]
         states_MD = states_MD.to(torch.bfloat16) if self._is_half else states_MD
@@ -159,7 +160,7 @@ class Trainer:
             states_MD,
             self.draft.lm_head.weight,
             batch.targets,
-            weight_K.to(self._device)[batch.chains.step_M],
+            weight_M,
             terms,
             batch.chains if needs_chains else None,
         )

@@ -53,12 +53,13 @@ def serve(loop: LoopDraft, sample) -> list[tuple[int, int, int]]:
     return steps
 
 
-def test_a_long_answer_is_walked_in_parts_and_says_the_same(monkeypatch):
+@pytest.mark.parametrize(("limit", "bound"), [("MAX_ROWS", 7), ("MAX_SCORES", 7 * 4 * 45)])
+def test_a_long_answer_is_walked_in_parts_and_says_the_same(monkeypatch, limit: str, bound: int):
     draft, embed = build_draft(), build_embedding()
     sample = agreeable_sample(draft, embed, seed=3, num_answer=40)
     whole = matches(draft, sample, embed, NUM_STEPS)
     sizes, unroll = [], draft.unroll
-    monkeypatch.setattr("onlinespec.draft.walk.MAX_ROWS", 7)
+    monkeypatch.setattr(f"onlinespec.draft.walk.{limit}", bound)
     monkeypatch.setattr(draft, "unroll", lambda rows: (sizes.append(rows.num_queries), unroll(rows))[1])
 
     found = matches(draft, sample, embed, NUM_STEPS)
