@@ -155,8 +155,8 @@ class TrainerConfig(Section, frozen=True):
     """where the draft is trained and candidates are walked: cpu, cuda or cuda:N, the server's GPU or another"""
     max_memory_gb: NonNegativeFloat = 0.0
     """most GPU memory of the sidecar, in 2**30 bytes; what wants more ends it, and it starts again; 0: no bound"""
-    attention: Literal["math", "flex"] = "math"
-    """of the unroll: math keeps masks and probabilities in memory; flex (cuda only) is compiled and keeps neither"""
+    attention: Literal["auto", "math", "flex"] = "auto"
+    """of the unroll: math keeps masks and probabilities in memory; flex, compiled, neither; auto: flex on cuda"""
     num_threads: Positive = 1
     """CPU threads of the trainer"""
     checkpoint_s: PositiveFloat = 30.0
@@ -164,7 +164,7 @@ class TrainerConfig(Section, frozen=True):
 
     def __post_init__(self) -> None:
         if self.attention == "flex" and self.device == "cpu":
-            raise ValueError("attention is flex with device cpu, where it has no gradients; set attention to math")
+            raise ValueError("attention is flex with device cpu, where it has no gradients; set attention to auto")
         if self.max_memory_gb and self.device == "cpu":
             raise ValueError(
                 f"max_memory_gb is {self.max_memory_gb:g} with device cpu, which has no such bound; set it to 0"

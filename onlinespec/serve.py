@@ -40,7 +40,7 @@ _PR_SET_PDEATHSIG = 1
 NO_ROOM = (
     "trainer.device is {device}: SGLang takes most of its GPU at start; if that is the trainer's too, give SGLang's"
     " --mem-fraction-static so that room is left (0.7 of an 80 GB GPU for a draft of 0.4 B parameters and answers of"
-    " hundreds of tokens; trainer.attention=flex and trainer.checkpoint_activations want less for long ones)"
+    " hundreds of tokens; trainer.checkpoint_activations wants less for long ones)"
 )
 """trainer, incumbent, parent and candidate in float32: some 32 bytes a parameter of the draft, and activations"""
 _BELOW_THE_SERVER = {"CUDA_MPS_CLIENT_PRIORITY": "1"}

@@ -31,13 +31,13 @@ PEAK_TFLOPS = {"NVIDIA H200": 790.0}
 REQUESTS = ((512, 256), (900, 120), (300, 400), (1200, 200))
 SYSTEMS = {
     "plain": None,
-    "math": {},
-    "math, recomputed": {"checkpoint_activations": True},
+    "math": {"attention": "math"},
+    "math, recomputed": {"attention": "math", "checkpoint_activations": True},
     "flex": {"attention": "flex"},
     "flex, recomputed": {"attention": "flex", "checkpoint_activations": True},
     "flex, compiled": {"attention": "flex", "compile": True},
     "flex, muon": {"attention": "flex", "optimizer": "muon"},
-    "math, muon": {"optimizer": "muon"},
+    "math, muon": {"attention": "math", "optimizer": "muon"},
 }
 """Changes to a trainer with AdamW, as the recipe has; None is the recipe. muon is what `onlinespec serve` takes."""
 

@@ -4,7 +4,11 @@ A frozen dataclass of tensors is built on the CPU and moved to the device that c
 """
 
 import dataclasses
+import os
+import shutil
+import sysconfig
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -43,6 +47,20 @@ def has_bfloat16(device: torch.device) -> bool:
 def is_half(dtype: str, device: str) -> bool:
     """Whether `trainer.dtype` means bfloat16 on `trainer.device`."""
     return dtype == "bfloat16" or (dtype == "auto" and has_bfloat16(torch.device(device)))
+
+
+def is_flex(attention: str, device: str) -> bool:
+    """Whether `trainer.attention` means FlexAttention on `trainer.device`: auto, where it can be compiled."""
+    return attention == "flex" or (attention == "auto" and device != "cpu" and can_compile())
+
+
+def can_compile() -> bool:
+    """Whether triton finds what it builds the launcher of a kernel with: a C compiler and Python's header.
+
+    Source: triton 3.6 runtime/build.py _build.
+    """
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return header.exists() and any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "gcc", "clang"))
 
 
 def check_device(device: str) -> None:

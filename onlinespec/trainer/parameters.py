@@ -14,6 +14,7 @@ from onlinespec.draft.config import DraftConfig
 from onlinespec.draft.header import canonical_names
 from onlinespec.draft.lora import add_adapters, merged
 from onlinespec.draft.model import Draft
+from onlinespec.draft.place import is_flex
 from onlinespec.draft.trainable import adapted_names, check_trainable, frozen_names
 
 
@@ -35,7 +36,7 @@ class Parameters:
             generator = torch.Generator().manual_seed(config.seed)
             add_adapters(self.draft, self._adapted, config.lora_rank, config.lora_alpha, generator)
         self.draft.is_recomputing = config.checkpoint_activations
-        self.draft.is_flex = config.attention == "flex"
+        self.draft.is_flex = is_flex(config.attention, config.device)
         if config.compile:
             self.draft.compile_layers()
         self.trained = {name: p for name, p in self.draft.named_parameters() if p.requires_grad}

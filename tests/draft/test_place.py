@@ -11,7 +11,7 @@ import torch
 from torch._utils import _get_device_index  # what torch.cuda reads a device with
 
 from onlinespec.draft.losses import Terms, head_loss
-from onlinespec.draft.place import bound_memory, check_device, has_bfloat16, is_half, placed
+from onlinespec.draft.place import bound_memory, check_device, has_bfloat16, is_flex, is_half, placed
 from onlinespec.errors import ConfigError
 from onlinespec.trainer.batch import build_batch
 from tests.draft.tiny import build_draft, build_embedding, build_sample
@@ -73,6 +73,19 @@ def test_auto_is_bfloat16_where_the_cpu_multiplies_in_it(monkeypatch, capabiliti
         "float32": False,
         "bfloat16": True,
     }
+
+
+@pytest.mark.parametrize(("compiler", "on_gpu"), [("cc-of-ours", True), (None, False)])
+def test_attention_is_flex_on_a_gpu_that_it_can_be_compiled_for(monkeypatch, tmp_path, compiler, on_gpu):
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr("shutil.which", lambda name: name if name == compiler else None)
+    monkeypatch.setenv("CC", "cc-of-ours")
+
+    found = {(name, device): is_flex(name, device) for name in ("auto", "math", "flex") for device in ("cpu", "cuda:1")}
+
+    chosen = {("auto", "cuda:1"): on_gpu, ("flex", "cpu"): True, ("flex", "cuda:1"): True}
+    assert found == dict.fromkeys(found, False) | chosen
 
 
 @pytest.mark.parametrize("is_recomputing", [False, True])
