@@ -30,7 +30,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import time
 from pathlib import Path
@@ -40,8 +39,10 @@ from plan import CHECKS, PART_S, PREPARED, PYTHON, SGLANG_FLAGS, Check, Words
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(ROOT)]
 from provenance import provenance  # noqa: E402 - found by the line above
+
+from onlinespec.draft.place import can_compile  # noqa: E402 - as well
 
 ENVIRONMENT = {
     **os.environ,
@@ -87,10 +88,6 @@ def server_flags() -> Words:
     return ("--attention-backend", "triton", "--sampling-backend", "pytorch")
 
 
-def has_python_header() -> bool:
-    return (Path(sysconfig.get_paths()["include"]) / "Python.h").exists()
-
-
 def has_room(out: Path) -> bool:
     """For the 8B shapes, or they are there."""
     return is_made("shapes", out) or shutil.disk_usage(ROOT).free >= SHAPES_GB * 2**30
@@ -109,7 +106,7 @@ def lacking(out: Path) -> list[str]:
         found.append("sglang would not find onlinespec's plugin: pip install --no-deps -e ., or use the kit's folder")
     if shutil.which("nvcc") is None:
         found.append("no nvcc: kernels that SGLang compiles on first use cannot be")
-    if shutil.which(os.environ.get("CC", "gcc")) is None or not has_python_header():
+    if not can_compile():
         found.append("no C compiler or no Python.h: triton builds a launcher of its own with them at run time")
     if not has_room(out):
         found.append(f"less than {SHAPES_GB} GiB of disk: what needs the 8B shapes is left out")
